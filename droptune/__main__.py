@@ -1,0 +1,5 @@
+"""`python -m droptune` is the command `droptune`."""
+
+from droptune.cli import main
+
+main()

@@ -1,0 +1,238 @@
+"""`droptune doctor`: each line says ok, or what to do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import typer
+
+from droptune.cli.options import ProjectOption, StorageOption, config
+from droptune.errors import DroptuneError
+
+if TYPE_CHECKING:
+    from droptune.mirror import Tracking
+    from droptune.spec.config import Config
+    from droptune.storage import Storage
+    from droptune.storage.address import Address
+
+SHOWN = ("droptune", "torch", "optuna", "sqlalchemy", "alembic", "mlflow")
+ANSWER_SECONDS = 5.0  # within which a server has to answer
+LEAST_SPACE = 2**28  # bytes
+QUICK = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+
+Check = Callable[[], str]
+
+
+def doctor(
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Check what a worker needs on this machine too.")
+    ] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Migrate the database.")] = False,
+    project: ProjectOption = None,
+    storage: StorageOption = None,
+) -> None:
+    """Check versions, database, workers and MLflow; exit 1 where something has to be done.
+
+    Trainings that dead workers left behind are queued again.
+    """
+    settings = config(storage)
+    failed = not _say("versions", _versions)
+    opened: list[Storage] = []
+    failed |= not _say("database", lambda: _database(settings, opened, fix=fix))
+    if opened:
+        failed |= not _say("workers", lambda: _workers(opened[0]))
+    failed |= not _say("mlflow", lambda: _mlflow(settings))
+    if worker:
+        root = (project or settings.root).resolve()
+        failed |= not _say("devices", _devices)
+        failed |= not _say("project", lambda: _project(root))
+        for name in _served(opened):
+            failed |= not _say(f"study {name!r}", partial(_code, opened[0], name, root))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _say(name: str, check: Check) -> bool:
+    """Print the one line of a check; False where something has to be done."""
+    try:
+        print(f"ok    {name}: {check()}")
+        return True
+    except DroptuneError as error:
+        reason = str(error)
+    except Exception as error:  # a check must never keep the others from being made
+        reason = f"{type(error).__name__}: {error}"
+    print(f"to do {name}: {' '.join(reason.split())}")
+    return False
+
+
+def _versions() -> str:
+    wrong = [text for text in map(_unmet, requires("droptune") or ()) if text]
+    if wrong:
+        raise DroptuneError(f"{', '.join(wrong)}: pip install --upgrade droptune")
+    known = ", ".join(f"{name} {version(name)}" for name in SHOWN)
+    return f"{known}, Python {platform.python_version()}"
+
+
+def _unmet(line: str) -> str | None:
+    """What is wrong with one requirement (`optuna<6,>=5`); extras are nobody's business."""
+    from packaging.requirements import Requirement
+
+    wanted = Requirement(line)
+    if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        return None
+    try:
+        found = version(wanted.name)
+    except PackageNotFoundError:
+        return f"{wanted.name} is not installed"
+    if wanted.specifier.contains(found, prereleases=True):
+        return None
+    return f"{wanted.name} {found} is not {wanted.specifier}"
+
+
+# -- SQL ------------------------------------------------------------------------------------------
+
+
+def _database(settings: Config, opened: list[Storage], *, fix: bool) -> str:
+    from droptune.storage import Storage
+
+    migrated = Storage.upgrade(settings.storage) if fix else []
+    storage = Storage.open(settings.storage)
+    opened.append(storage)
+    studies = storage.studies()
+    active = sum(s.status == "active" and s.phase != "done" for s in studies)
+    steps = f", migrated to {migrated[-1]}" if migrated else ""
+    return f"{storage.redacted}, {len(studies)} studies ({active} to be trained){steps}"
+
+
+def _workers(storage: Storage) -> str:
+    requeued = storage.requeue_stale()
+    alive = [row for row in storage.list_workers() if row.state == "alive"]
+    return f"{len(alive)} alive, {len(requeued)} lost trainings queued again"
+
+
+# -- MLflow ---------------------------------------------------------------------------------------
+
+
+def _mlflow(settings: Config) -> str:
+    from droptune.mirror import Tracking
+
+    tracking = Tracking.resolve(settings.tracking, settings.storage)
+    file = tracking.database
+    if file is not None and not file.exists():
+        return f"{tracking.redacted} will be made by the first study that is mirrored"
+    if tracking.is_server:
+        _ask(tracking)
+    else:
+        _look(settings.storage, tracking)
+    os.environ.update({name: value for name, value in QUICK.items() if name not in os.environ})
+    tracking.connect()
+    return f"{tracking.redacted} answers"
+
+
+def _ask(tracking: Tracking) -> None:
+    """Whether anybody is there, before MLflow's client tries for minutes."""
+    try:
+        with urlopen(f"{tracking.uri}/health", timeout=ANSWER_SECONDS):
+            pass
+    except HTTPError:
+        pass  # it answers; what it says is the client's to explain
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise DroptuneError(
+            f"{tracking.redacted} does not answer ({reason}): start it, or correct "
+            "MLFLOW_TRACKING_URI; studies run without it and are mirrored later"
+        ) from None
+
+
+def _look(storage: str, tracking: Tracking) -> None:
+    """Whether MLflow may write into a database, and can: its own client tries for minutes.
+
+    Into the studies' own it would put its tables before it notices that it cannot.
+    """
+    from droptune.storage.address import Address
+    from droptune.storage.database import Database, clock
+
+    ours, theirs = Address.parse(storage), Address.parse(tracking.uri)
+    if _place(ours) == _place(theirs):
+        raise DroptuneError(
+            f"MLflow and the studies share {tracking.redacted}, and both own the table "
+            "alembic_version: give MLflow another database with MLFLOW_TRACKING_URI (or another "
+            "PostgreSQL schema: ?options=-csearch_path%3Dmlflow)"
+        )
+    Database(theirs).read(clock)
+
+
+def _place(address: Address) -> tuple[str | None, ...]:
+    """Two addresses with the same place share their tables."""
+    url = address.url
+    schema = re.search(r"search_path(?:=|%3D)(\w+)", str(url.query.get("options", "")))
+    return (address.dialect, url.host, url.database, schema and schema[1])
+
+
+# -- this machine ---------------------------------------------------------------------------------
+
+
+def _devices() -> str:
+    import torch
+
+    from droptune.launch.devices import cores, own_gpus, present_gpus
+
+    gpus = own_gpus(os.environ, present_gpus())
+    if gpus and not torch.cuda.is_available():
+        raise DroptuneError(
+            f"{len(gpus)} GPUs are assigned and torch {torch.__version__} cannot use them: "
+            "install a CUDA build of torch, or check the driver"
+        )
+    found = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(found) or 'no GPU'}, {cores()} cores"
+
+
+def _project(root: Path) -> str:
+    with _writable(root):
+        free = shutil.disk_usage(root).free
+    if free < LEAST_SPACE:
+        raise DroptuneError(f"{root} has {free / 2**20:.0f} MB left: checkpoints need more")
+    return f"{root} can be written, {free / 2**30:.0f} GB free"
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            yield
+    except OSError as error:
+        raise DroptuneError(
+            f"{folder} cannot be written ({error.strerror}): use --project"
+        ) from None
+
+
+def _served(opened: list[Storage]) -> list[str]:
+    """The studies that a worker would train."""
+    found = opened[0].studies() if opened else []
+    return [s.name for s in found if s.status == "active" and s.phase != "done"]
+
+
+def _code(storage: Storage, name: str, root: Path) -> str:
+    from droptune.program.source import fingerprint
+    from droptune.study import Study
+
+    study = Study.open(storage, name)
+    drift = study.drift(fingerprint(study.spec.program, root))
+    if drift:
+        raise DroptuneError(
+            f"the code in {root} differs in {', '.join(drift)}: bring the same code, "
+            "or start workers with --allow-drift"
+        )
+    return f"{study.spec.program} is what the study was created with"

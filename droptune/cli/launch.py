@@ -1,0 +1,161 @@
+"""`droptune launch`: start workers here or on an engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from droptune.cli.options import StorageOption, config, open_storage
+
+if TYPE_CHECKING:
+    from droptune.launch import Launcher, Order, Record
+    from droptune.spec.config import Config
+
+app = typer.Typer(no_args_is_help=True)
+
+HELP = {
+    "local": """Start one worker per device of this machine and stay with them; Ctrl-C ends them.
+
+    What follows `--` goes to `droptune worker start`.
+    """,
+    "slurm": """Submit workers as one Slurm array, a GPU each; what follows `--` goes to sbatch.
+
+    For example: droptune launch slurm digits --workers 50 -- --partition=gpu --time=4:00:00
+    """,
+    "kubernetes": """Apply workers as one Kubernetes Job; what follows `--` goes to kubectl.
+
+    The image and the rest are lines of [launch.kubernetes] in droptune.toml. --dry-run prints
+    YAML that `kubectl apply -f -` takes.
+    """,
+    "ray": """Submit workers as Ray jobs; what follows `--` goes to `ray job submit`.
+
+    For example: droptune launch ray digits --workers 8 -- --address=http://head:8265
+    """,
+}
+
+NameArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", help="The study; local: none means every active one."),
+]
+EngineArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- ENGINE'S OWN OPTIONS]", help="Passed on verbatim."),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="How many; local: default one per GPU.")
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda[:N,…]|mps",
+        help="What to train on; an engine assigns a GPU to each worker unless this is cpu.",
+    ),
+]
+WidthOption = Annotated[
+    str, typer.Option("--width", metavar="auto|K", help="Trainings fused on each device.")
+]
+ProjectOption = Annotated[
+    Path | None, typer.Option("--project", metavar="DIR", help="The folder with the programs.")
+]
+RestartsOption = Annotated[
+    int | None,
+    typer.Option("--restarts", min=0, help="Restarts of a worker without a finished interval."),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be started; start nothing.")
+]
+
+
+def _command(launcher_name: str) -> Callable[..., None]:
+    """The command of one launcher; all take the same options."""
+
+    def launch(
+        name: NameArgument = None,
+        engine: EngineArgument = None,
+        workers: WorkersOption = None,
+        device: DeviceOption = "auto",
+        width: WidthOption = "auto",
+        project: ProjectOption = None,
+        restarts: RestartsOption = None,
+        dry_run: DryRunOption = False,
+        storage: StorageOption = None,
+    ) -> None:
+        from droptune.launch import Order, make_launcher
+
+        settings = config(storage)
+        table = dict(settings.launch.get(launcher_name, {}))
+        if restarts is not None:
+            table["restarts"] = restarts
+        launcher = make_launcher(launcher_name, table, settings.storage)
+        order = Order(
+            study=name,
+            project=(project or settings.root).resolve(),
+            storage=settings.storage,
+            workers=workers,
+            device=device,
+            width=width,
+            storage_file=_storage_file(storage),
+            tracking=_tracking(settings, launcher),
+            options=tuple(engine or ()),
+        )
+        launcher.check(order)
+        if dry_run:
+            print(launcher.describe(order), end="")
+        else:
+            _submit(launcher, order, storage)
+
+    return launch
+
+
+for _name, _help in HELP.items():
+    app.command(_name, help=_help)(_command(_name))
+
+
+def _submit(launcher: Launcher, order: Order, storage: str | None) -> None:
+    jobs = launcher.submit(order, _recorder(order, storage))
+    if launcher.name == "local":
+        return
+    names = jobs[0].name if len(jobs) == 1 else f"{jobs[0].name} to {jobs[-1].name}"
+    print(f"submitted {len(jobs)} {'worker' if len(jobs) == 1 else 'workers'}: {names}")
+    print("`droptune worker list` shows them; `droptune study stop` ends them on any engine")
+
+
+def _recorder(order: Order, storage: str | None) -> Record:
+    """Writes job ids to SQL; refuses an unknown study before anything is started."""
+    from droptune.launch.job import JOB
+    from droptune.launch.recorded import Recorder
+
+    if JOB in os.environ:  # within another engine's job, which is recorded
+        return lambda jobs: None
+    database = open_storage(storage)
+    if order.study is not None:
+        database.study(order.study)
+    return Recorder(database, order.tag)
+
+
+def _storage_file(flag: str | None) -> Path | None:
+    """The user's own file with the database URL, where the URL did come from it."""
+    path = os.environ.get("DROPTUNE_STORAGE_FILE")
+    if flag is not None or "DROPTUNE_STORAGE" in os.environ or not path:
+        return None
+    return Path(path).resolve()
+
+
+def _tracking(settings: Config, launcher: Launcher) -> str | None:
+    """MLflow's address for the workers; a file on this machine is none for others."""
+    address = settings.tracking
+    if launcher.one_machine or address is None or "://" not in address:
+        return address if launcher.one_machine else None
+    if address.startswith(("sqlite:", "file:")):
+        typer.echo(
+            "MLflow's store is a file here, so workers elsewhere will not mirror: run "
+            "`droptune mirror sync` here, or set MLFLOW_TRACKING_URI to a server",
+            err=True,
+        )
+        return None
+    return address

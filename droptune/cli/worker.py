@@ -1,0 +1,157 @@
+"""`droptune worker`: processes that claim, train and report."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from droptune.cli.options import (
+    JsonOption,
+    ProjectOption,
+    StorageOption,
+    config,
+    open_storage,
+    print_json,
+)
+from droptune.errors import ConfigurationError, StorageError
+
+if TYPE_CHECKING:
+    from droptune.storage import Storage, WorkerRow
+
+app = typer.Typer(no_args_is_help=True)
+log = logging.getLogger("droptune.worker")
+
+PATIENCE = "DROPTUNE_PATIENCE"
+LEASE = "DROPTUNE_LEASE_SECONDS"
+CHECKPOINT = "DROPTUNE_CHECKPOINT_SECONDS"
+IDLE = "DROPTUNE_IDLE_SECONDS"
+SECONDS = {PATIENCE: 600.0, LEASE: 60.0, CHECKPOINT: 30.0, IDLE: 600.0}
+
+
+@app.command()
+def start(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="None: every active study.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="auto|cpu|cuda[:N]|mps", help="Where to train.")
+    ] = "auto",
+    width: Annotated[
+        str, typer.Option("--width", metavar="auto|K", help="Trainings fused on the device.")
+    ] = "auto",
+    until_done: Annotated[
+        bool, typer.Option("--until-done", help="Stay until nothing is left to train, then end.")
+    ] = False,
+    project: ProjectOption = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="torch threads; default cores / workers.")
+    ] = None,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Train although the code is not the study's.")
+    ] = False,
+    storage: StorageOption = None,
+) -> None:
+    """Claim trainings, train them, report, until nothing is left (or for ever without NAME).
+
+    Exit status: 0 nothing is left or the study was stopped, 75 work remains (start it again),
+    78 it can never work here. A signal makes it hand its trainings back; a second Ctrl-C ends it
+    at once.
+
+    Seconds, in the environment: DROPTUNE_PATIENCE (600) is how long it trains on and waits while
+    the database is away, DROPTUNE_IDLE_SECONDS (600) how long it stays where nothing can be
+    claimed, DROPTUNE_LEASE_SECONDS (60) when others take over what it trained after its death,
+    DROPTUNE_CHECKPOINT_SECONDS (30) how often it saves.
+    """
+    from droptune.launch.devices import present_gpus, restrict_devices
+
+    restrict_devices(os.environ, len(present_gpus()))  # before torch is imported
+    from droptune.workers.worker import Worker, WorkerOptions
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    settings, seconds = config(storage), read_seconds(os.environ)
+    options = WorkerOptions(
+        device=device,
+        width=None if width == "auto" else _width(width),
+        until_done=until_done,
+        root=(project or settings.root).resolve(),
+        storage=settings.storage,
+        threads=threads,
+        allow_drift=allow_drift,
+        tracking=settings.tracking,
+        idle_seconds=seconds[IDLE],
+        checkpoint_seconds=seconds[CHECKPOINT],
+    )
+    opened = _open(settings.storage, patience=seconds[PATIENCE], lease=seconds[LEASE])
+    Worker(opened, options).run(names or [])
+
+
+def read_seconds(environment: Mapping[str, str]) -> dict[str, float]:
+    """The worker's times, or ConfigurationError where one is no number of seconds."""
+    found = {}
+    for name, default in SECONDS.items():
+        text = environment.get(name) or str(default)
+        try:
+            found[name] = float(text)
+        except ValueError:
+            found[name] = -1.0
+        if not 0 <= found[name] < float("inf"):
+            raise ConfigurationError(
+                f"{name}={text} is no number of seconds; give e.g. {default:g}"
+            )
+    return found
+
+
+def _open(url: str, *, patience: float, lease: float) -> Storage:
+    """The database; a worker may be started before it."""
+    from droptune.storage import Storage
+
+    try:
+        opened = Storage.open(url, lease_seconds=lease)
+        opened.patience = patience
+    except StorageError as error:
+        log.warning("%s Waiting up to %.0f s.", error, patience)
+        opened = Storage.open(url, patience=patience, lease_seconds=lease)
+    return opened
+
+
+def _width(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is no width; possible: auto, 1, 2, 3, …")
+    return int(text)
+
+
+@app.command("list")
+def list_(json: JsonOption = False, storage: StorageOption = None) -> None:
+    """List workers: host, device, study, slots, last beat."""
+    workers = [worker for worker in open_storage(storage).list_workers() if _is_shown(worker)]
+    if json:
+        print_json([asdict(worker) for worker in workers])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("worker", "host", "pid", "device", "job", "state", "trains", "beat", box=None)
+    for w in workers:
+        job = w.info.get("job") or ""
+        beat = f"{w.beat.astimezone():%H:%M:%S}"
+        table.add_row(str(w.id), w.host, str(w.pid), w.device, job, w.state, _trains(w), beat)
+    Console().print(table)
+
+
+def _is_shown(worker: WorkerRow) -> bool:
+    """Not those that died long ago and hold nothing any more."""
+    lately = datetime.now(UTC) - worker.beat < timedelta(hours=1)
+    return worker.state == "alive" or bool(worker.holds) or lately
+
+
+def _trains(worker: WorkerRow) -> str:
+    slots: dict[str, int] = {}
+    for holding in worker.holds:
+        slots[holding.study] = slots.get(holding.study, 0) + 1
+    return ", ".join(f"{study}: {count} slots" for study, count in slots.items())

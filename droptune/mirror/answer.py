@@ -1,0 +1,86 @@
+"""What a study has found, as its mirror says it: not confirmed until the verdict is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from droptune.mirror import runs
+from droptune.spec.objective import Objective
+from droptune.training import Assignment, Record, TrainingKind
+
+NOT_CONFIRMED = "NOT CONFIRMED"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The verdict in SQL, as far as it is confirmed; empty (and false) before."""
+
+    sentence: str = ""
+    details: tuple[str, ...] = ()
+    recommended: Assignment | None = None
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, verdict: Mapping[str, Any] | None) -> Answer:
+        if not verdict or not verdict.get("confirmed"):
+            return cls()
+        chosen = verdict.get("recommended") or {}
+        return cls(
+            sentence=str(verdict["sentence"]),
+            details=tuple(verdict.get("details", ())),
+            recommended=Assignment.from_json(chosen["assignment"]) if chosen else None,
+            reason=str(chosen.get("reason", "")),
+            warnings=(*verdict.get("warnings", ()), *verdict.get("hints", ())),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.sentence)
+
+    def line(self, name: str, records: Sequence[Record], objective: Objective) -> str:
+        """The answer in one line, that of the search alone where nothing is confirmed."""
+        if self:
+            return f"{name}: {self.sentence}"
+        best = runs.best_of(trials(records), objective)
+        if best is None:
+            return f"{name}: {NOT_CONFIRMED}, no completed trial yet"
+        found = baselines(records, objective).items()
+        against = ", ".join(f"{label} {record.value:.4g}" for label, record in found)
+        return (
+            f"{name}: {NOT_CONFIRMED} · best {objective.key} {best.value:.4g} "
+            f"({best.training.name})" + (f" against {against}" if against else "")
+        )
+
+    def champion(self, records: Sequence[Record], objective: Objective) -> Record | None:
+        """The confirmation of what is recommended that did best on validation."""
+        if self.recommended is None:
+            return None
+        from droptune.verdict.evidence import key
+
+        wanted = key(self.recommended)
+        confirmations = [
+            record
+            for record in records
+            if record.training.kind is TrainingKind.CONFIRMATION
+            and record.training.assignment is not None
+            and key(record.training.assignment) == wanted
+        ]
+        return runs.best_of(confirmations, objective)
+
+
+def trials(records: Sequence[Record]) -> list[Record]:
+    """The trainings that belong to the search, baselines among them."""
+    return [record for record in records if record.training.kind.is_trial]
+
+
+def baselines(records: Sequence[Record], objective: Objective) -> dict[str, Record]:
+    """Each baseline's best complete trial, by label."""
+    kept = [r for r in records if r.training.kind is TrainingKind.BASELINE]
+    labels = dict.fromkeys(record.training.label for record in kept)
+    found = {
+        label: runs.best_of([r for r in kept if r.training.label == label], objective)
+        for label in labels
+    }
+    return {label: record for label, record in found.items() if record is not None}

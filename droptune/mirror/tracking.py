@@ -1,0 +1,280 @@
+"""Where MLflow is, how a client is made, and what its errors mean in one line."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+from urllib.request import urlopen
+
+from droptune.errors import DroptuneError, UsageError
+
+# A call must not block for minutes: MLflow's own defaults wait 247 s for a server that is down.
+# The syncer repeats whatever failed, so one quick retry per call is enough.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+
+
+class MirrorError(DroptuneError):
+    """MLflow did not do what was asked; SQL still has everything."""
+
+
+class Refused(MirrorError):
+    """The server knows us and says no (401, 403): trying again at once is of no use."""
+
+
+class Away(MirrorError):
+    """The server cannot be reached or is broken at the moment: try again later."""
+
+
+class Rejected(MirrorError):
+    """This one request is not acceptable (an invalid value, a deleted run): set it aside."""
+
+
+class Missing(Rejected):
+    """What the request speaks of is not there."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """The MLflow that a study is mirrored to.
+
+    `artifacts` is the absolute folder for artifacts where droptune writes to a database itself;
+    None where a server decides.
+    """
+
+    uri: str
+    artifacts: Path | None = None
+
+    @classmethod
+    def resolve(cls, configured: str | None, storage_url: str) -> Tracking:
+        """The configured address, or `mlflow.db` beside the study's database (else here)."""
+        if configured is None:
+            configured = f"sqlite:///{_beside(storage_url) / 'mlflow.db'}"
+        scheme = configured.partition(":")[0].partition("+")[0]
+        if scheme in ("http", "https"):
+            if "@" in urlsplit(configured).netloc:
+                raise UsageError(
+                    f"MLflow address {redact(configured)}: user and password belong into "
+                    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                )
+            return cls(configured.rstrip("/"))
+        if scheme == "sqlite":
+            return cls._sqlite(configured, storage_url)
+        if scheme in ("postgresql", "postgres", "mysql", "mssql"):
+            return cls(_with_driver(configured), Path.cwd() / "mlartifacts")
+        raise UsageError(
+            f"MLflow address {configured!r} cannot be used: give http(s)://…, sqlite:///FILE or a "
+            "database URL (MLflow's file store is gone since 3.13)"
+        )
+
+    @classmethod
+    def _sqlite(cls, configured: str, storage_url: str) -> Tracking:
+        path = _sqlite_path(configured)
+        if path is None:
+            raise UsageError(
+                f"MLflow address {configured!r} has no file: give sqlite:///FILE or a server"
+            )
+        if path == _sqlite_path(storage_url):
+            raise UsageError(
+                f"{path} is the study's database and cannot be MLflow's too (both own the table "
+                "alembic_version): give another file, for example sqlite:///mlflow.db"
+            )
+        return cls(f"sqlite:///{path}", path.parent / "mlartifacts")
+
+    @property
+    def database(self) -> Path | None:
+        """The SQLite file, where there is one."""
+        return _sqlite_path(self.uri)
+
+    @property
+    def is_server(self) -> bool:
+        return self.uri.startswith("http")
+
+    @property
+    def redacted(self) -> str:
+        """The address without password, for people's eyes."""
+        return redact(self.uri)
+
+    def artifact_location(self, experiment: str) -> str | None:
+        """Where an experiment's artifacts go; None: the server decides."""
+        if self.artifacts is None:
+            return None
+        name = re.sub(r"[^\w.-]+", "-", experiment)
+        return (self.artifacts / name).as_uri()
+
+    def version(self) -> str:
+        """The MLflow version that serves the UI: the server's, or ours for a database."""
+        import mlflow
+
+        if not self.is_server:
+            return str(mlflow.__version__)
+        try:
+            with urlopen(f"{self.uri}/version", timeout=10) as answer:
+                return str(answer.read(40).decode())
+        except (OSError, ValueError):
+            return ""  # unknown: links then use nothing that depends on it
+
+    def connect(self) -> Any:
+        """An MlflowClient that has reached its store (creating the schema of an empty database)."""
+        set_environment()
+        from mlflow import MlflowClient
+
+        registry = os.environ.get("MLFLOW_REGISTRY_URI")
+        with plain_errors(self), _first_contact(self.database):
+            client = MlflowClient(tracking_uri=self.uri, registry_uri=registry or self.uri)
+            client.search_experiments(max_results=1)
+        return client
+
+
+def set_environment() -> None:
+    """MLflow's settings for a syncer, as far as the user has not chosen other ones."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"  # loses points at exit
+
+
+@contextmanager
+def single_try() -> Iterator[None]:
+    """No retries in MLflow's HTTP client: a repeated `create_run` leaves ghost runs."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
+def plain_errors(tracking: Tracking) -> Iterator[None]:
+    """MLflow's and the network's exceptions as one of ours, one line each."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MirrorError:
+        raise
+    except MlflowException as error:
+        raise _explained(error, tracking) from error
+    except (requests.RequestException, OSError, TimeoutError) as error:
+        raise _unreachable(str(error), tracking) from error
+    except Exception as error:
+        if tracking.is_server or not type(error).__module__.startswith(("sqlalchemy", "alembic")):
+            raise
+        line = redact(str(error)).splitlines()[0]
+        raise Away(f"MLflow's database {tracking.redacted}: {line}") from error
+
+
+def _explained(error: Any, tracking: Tracking) -> MirrorError:
+    code, text = str(error.error_code), redact(str(error))
+    if "Invalid Host header" in text:
+        return Refused(
+            f"MLflow at {tracking.redacted} refuses this host name: start the server with "
+            f"--allowed-hosts {urlsplit(tracking.uri).netloc.rpartition('@')[2]}"
+        )
+    if code == "UNAUTHENTICATED" or "error code 401" in text:
+        return Refused(
+            f"MLflow at {tracking.redacted} asks who we are (401): set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    if code == "PERMISSION_DENIED" or "error code 403" in text:
+        return Refused(
+            f"MLflow at {tracking.redacted} does not let {_user()} write (403): "
+            "ask for EDIT permission on the experiment"
+        )
+    if "out-of-date database schema" in text:
+        return Away(
+            f"MLflow's database {tracking.redacted} has another MLflow's tables: back it up, then "
+            f"`mlflow db upgrade {tracking.redacted}`"
+        )
+    if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+        return Missing(_one_line(text))
+    if code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"):
+        return Rejected(_one_line(text))
+    return _unreachable(text, tracking)
+
+
+def _unreachable(text: str, tracking: Tracking) -> Away:
+    where = f"MLflow at {tracking.redacted}"
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return Away(
+            f"{where}: its TLS certificate is not trusted here: set "
+            "MLFLOW_TRACKING_SERVER_CERT_PATH to the authority's certificate"
+        )
+    if "SSLError" in text or "SSL:" in text:
+        return Away(f"{where} does not speak TLS as asked: is it http:// instead of https://?")
+    if "NameResolutionError" in text or "getaddrinfo" in text:
+        return Away(f"{where}: no such host name")
+    if "Connection refused" in text or "NewConnectionError" in text:
+        return Away(f"{where}: nobody listens there")
+    if "timed out" in text or "Timeout" in text:
+        return Away(f"{where} does not answer in time")
+    return Away(f"{where}: {_one_line(text)}")
+
+
+def redact(text: str) -> str:
+    """The text without passwords in URLs."""
+    return re.sub(r"(\w+://[^\s/:@]*):[^\s/@]+@", r"\1:***@", text)
+
+
+def _user() -> str:
+    return os.environ.get("MLFLOW_TRACKING_USERNAME", "this user")
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:297]}…"
+
+
+def _beside(storage_url: str) -> Path:
+    path = _sqlite_path(storage_url)
+    return path.parent if path else Path.cwd()
+
+
+def _sqlite_path(url: str) -> Path | None:
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", url)
+    if match is None or match[1] == ":memory:":
+        return None
+    return Path(match[1]).expanduser().resolve()
+
+
+def _with_driver(url: str) -> str:
+    parts = urlsplit(url)
+    scheme = _DRIVERS.get(parts.scheme, parts.scheme)
+    scheme = "mysql+pymysql" if scheme == "mysql" else scheme
+    return urlunsplit(parts._replace(scheme=scheme))
+
+
+@contextmanager
+def _first_contact(database: Path | None) -> Iterator[None]:
+    """One process at a time creates MLflow's tables: it does so unlocked, and 7 of 8 fail."""
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{database}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with sqlite3.connect(database) as connection:  # readers then never block the writer
+            connection.execute("PRAGMA journal_mode=WAL")
+        connection.close()
+        yield

@@ -1,0 +1,131 @@
+"""What has to be known of a program before a study of it is created, or a worker trains it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from droptune.errors import ConfigurationError, SiteError
+from droptune.program.program import Program, load_model, load_program
+from droptune.program.source import fingerprint, project_root
+from droptune.sites.installed import find_program_sites, find_sites
+from droptune.sites.site import Discovery, Site
+from droptune.space.space import Space
+from droptune.spec.spec import StudySpec
+from droptune.trainers.fused import fusible
+from droptune.trainers.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known of a study before anything is written."""
+
+    spec: StudySpec
+    root: Path
+    program: Program
+    discovery: Discovery
+    space: Space
+    intervals: int
+    meta: dict[str, Any]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.discovery.sites
+
+    def describe(self) -> str:
+        """Sites, rates and how they will train, in one line."""
+        rates = len(self.space.rates)
+        trainer = f"{self.meta['trainer']} ({self.meta['trainer_reason']})"
+        return f"{len(self.sites)} sites, {rates} searched rates; trains {trainer}"
+
+    def notes(self) -> list[str]:
+        """What the user should know before spending anything."""
+        notes = [f"warning: {warning}" for warning in self.discovery.warnings]
+        notes += [
+            f"not tunable: {u.module or 'model'}: {u.operation} ({u.reason})"
+            for u in self.discovery.untunable
+        ]
+        if made := self.meta["splits_made"]:
+            samples = self.meta["samples"]
+            sizes = ", ".join(f"{samples[name]} for {name}" for name in made)
+            notes.append(f"split off once from the training data by the study's seed: {sizes}")
+        return notes
+
+
+def examine(reference: str, folder: Path, shape: tuple[int, ...] | None = None) -> Discovery:
+    """The sites of a program, or of a bare module class on a random input of that shape."""
+    root = project_root(folder)
+    if shape is None:
+        return find_program_sites(load_program(reference, root))
+    return find_sites(load_model(reference, root)(), torch.randn(shape))
+
+
+def prepare(spec: StudySpec, root: Path) -> Prepared:
+    """Load the program, find its sites, build the space, try whether it fuses; writes nothing.
+
+    Raises ProgramError, SiteError or SpecError, each in one line.
+    """
+    program = load_program(spec.program, root)
+    program.check()
+    spec = spec.resolved(program)
+    discovery = find_program_sites(program, spec.insert)
+    if not discovery.sites:
+        raise SiteError(
+            f"{spec.program}: no dropout acts in this model; add sites in the study file, e.g. "
+            "insert: [{after: ReLU, kind: element}]"
+        )
+    space = Space.of(discovery.sites, spec, program)
+    splits = program.splits(0)
+    recipe = Recipe.of(program, discovery.sites, spec, torch.device("cpu"))
+    trainer, reason = _trainer(recipe, spec)
+    intervals = spec.intervals(program, splits.train.n)
+    samples = {
+        "train": splits.train.n,
+        "validation": splits.validation.n,
+        "test": splits.test.n if splits.test is not None else 0,
+    }
+    meta = {
+        "fingerprint": fingerprint(spec.program, root),
+        "versions": _versions(),
+        "commit": _commit(root),
+        "trainer": trainer,
+        "trainer_reason": reason,
+        "samples": samples,
+        "splits_made": list(splits.made),
+        "untunable": [untunable.to_json() for untunable in discovery.untunable],
+        "warnings": list(discovery.warnings),
+        "author_lr": program.lr,
+        "space": space.to_json(),
+    }
+    return Prepared(spec, root, program, discovery, space, intervals, meta)
+
+
+def _trainer(recipe: Recipe, spec: StudySpec) -> tuple[str, str]:
+    if spec.training.trainer == "solo":
+        return "solo", "as the study file says"
+    tried = fusible(recipe)
+    if spec.training.trainer == "fused" and not tried.ok:
+        raise ConfigurationError(
+            f"training.trainer is fused, and {spec.program} is not: {tried.reason}"
+        )
+    return ("fused" if tried.ok else "solo"), tried.reason
+
+
+def _versions() -> dict[str, str]:
+    names = ("droptune", "torch", "optuna", "numpy")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def _commit(root: Path) -> str | None:
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""The user's model, data, loss and metrics: loaded, checked, described."""

@@ -1,0 +1,333 @@
+"""From what users give as data to checked splits.
+
+What is given (tensors, arrays, tuples, datasets, loaders, functions that return them) becomes
+`InMemory` or `Streamed` data in the dtypes that training needs; what cannot be trained on is
+refused in one line that names the array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+from torch.utils.data import default_collate as torch_collate
+
+from droptune.errors import ProgramError
+from droptune.program.data import (
+    Batch,
+    InMemory,
+    Splits,
+    Streamed,
+    epoch_order,
+    leaves,
+    map_leaves,
+    split_target,
+    target_key,
+)
+from droptune.program.metrics import IGNORED
+from droptune.program.source import blamed
+from droptune.training import derive_seed
+
+SHARE = 0.2  # of the data at hand: first the test set, then the validation set of the rest
+_WHOLE = 0.999999  # one-hot rows sum to one
+
+
+@dataclass(frozen=True, eq=False)
+class RawSplits:
+    """Data as users give them. `test` False: no test set is wanted."""
+
+    train: Any
+    validation: Any = None
+    test: Any = None
+
+
+def read_splits(raw: RawSplits, task: str, batch_size: int) -> RawSplits:
+    """All that is given, read once and checked; each part is `Data`, or as it was where missing."""
+    parts = {
+        name: part if part is None or part is False else as_data(part, name, task, batch_size)
+        for name, part in (
+            ("train", raw.train),
+            ("validation", raw.validation),
+            ("test", raw.test),
+        )
+    }
+    if parts["train"] is None or parts["train"] is False:
+        raise ProgramError("the program has no training data: give train=")
+    return RawSplits(**parts)
+
+
+def make_splits(read: RawSplits, seed: int, task: str) -> Splits:
+    """All three splits. A missing test set is 20 % of the training data, the same for every seed
+    (no seed may search on what another is judged by); a missing validation set is 20 % of the
+    rest, drawn by `seed`. What was given is never split again."""
+    train, validation, test = read.train, read.validation, read.test
+    made = {}
+    if test is None:
+        train, test, how = split_off(train, 0, task)
+        made["test"] = f"test: {how} of the training data"
+    if validation is None or validation is False:
+        train, validation, how = split_off(train, seed, task)
+        made["validation"] = f"validation: {how} of the training data, by seed {seed}"
+    return Splits(train, validation, test or None, tuple(made), tuple(made.values()))
+
+
+def as_data(raw: Any, name: str, task: str, batch_size: int) -> InMemory | Streamed:
+    """Checked data from tensors, arrays, a Dataset, a DataLoader, or a callable returning one.
+
+    Tensors, arrays and `TensorDataset`s are kept in memory, other datasets are streamed. Floats
+    become float32, images of bytes float32 in [0, 1], other integers int64; targets int64
+    (classification) or float32 (regression). `task` custom: only float64 is changed.
+    """
+    if callable(raw) and not isinstance(raw, Dataset | DataLoader):
+        with blamed(f"reading the {name} data"):
+            raw = raw()
+    if isinstance(raw, InMemory):
+        raw = raw.tree
+    if isinstance(raw, Streamed):
+        return raw
+    workers, collate = 0, torch_collate
+    if isinstance(raw, DataLoader):
+        _check_loader(raw, name)
+        workers, collate, raw = raw.num_workers, raw.collate_fn or torch_collate, raw.dataset
+    tree = _tree(raw) if collate is torch_collate else None
+    if tree is not None:
+        return _checked(tree, name, task)
+    return _streamed(raw, name, task, batch_size, collate, workers)
+
+
+def _check_loader(loader: DataLoader[Any], name: str) -> None:
+    if isinstance(loader.dataset, IterableDataset):
+        return  # refused with the other datasets
+    if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+        raise ProgramError(
+            f"{name}: the DataLoader has its own {type(loader.sampler).__name__}, but droptune "
+            "orders the data by its recorded seed: give the dataset itself"
+        )
+
+
+def _tree(raw: Any) -> Batch | None:
+    """The tree of tensors that `raw` is, or None where it must be streamed."""
+    if isinstance(raw, TensorDataset):
+        return tuple(raw.tensors)
+    if isinstance(raw, Subset):
+        inner = _tree(raw.dataset)
+        chosen = torch.as_tensor(raw.indices)
+        return None if inner is None else map_leaves(inner, lambda leaf: leaf[chosen])
+    if isinstance(raw, Mapping | Tensor | np.ndarray | tuple):
+        return raw
+    if isinstance(raw, list) and raw and not isinstance(raw[0], tuple | Mapping):
+        return tuple(raw)
+    if hasattr(raw, "__array__"):  # data frames
+        return np.asarray(raw)
+    return None
+
+
+def _checked(tree: Batch, name: str, task: str) -> InMemory:
+    tree = _plain(tree)
+    named = {path: _tensor(leaf, f"{name}{path}") for path, leaf in leaves(tree)}
+    _check_lengths(named, name)
+    tensors = iter(named.values())
+    tree = convert(map_leaves(tree, lambda _: next(tensors)), name, task)
+    for path, leaf in leaves(tree):
+        _check_finite(leaf, f"{name}{path}")
+    return InMemory(tree, len(next(leaves(tree))[1]))
+
+
+def _plain(tree: Batch) -> Batch:
+    """The tree with lists of numbers as arrays."""
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_plain(value) for value in tree)
+    if isinstance(tree, list) and not any(isinstance(v, Tensor | np.ndarray) for v in tree):
+        return np.asarray(tree)
+    return tree
+
+
+def _tensor(leaf: Any, where: str) -> Tensor:
+    if isinstance(leaf, Tensor):
+        return leaf.detach()
+    array = np.asarray(leaf)
+    if array.dtype.kind not in "fiub":
+        raise ProgramError(
+            f"{where} holds {array.dtype} values: turn them into numbers first "
+            "(text into token numbers, class names into class numbers)"
+        )
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.int64)
+    return torch.from_numpy(np.array(array))  # a copy: read-only arrays are no ground for tensors
+
+
+def _check_lengths(named: Mapping[str, Tensor], name: str) -> None:
+    if not named:
+        raise ProgramError(f"{name} is empty: it must hold at least one example")
+    for path, leaf in named.items():
+        if leaf.ndim == 0:
+            raise ProgramError(f"{name}{path} is a single number: it must hold one row an example")
+    lengths = {path: len(leaf) for path, leaf in named.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name}{path} {length}" for path, length in lengths.items())
+        raise ProgramError(f"{name} has unequal numbers of examples: {listed}")
+    if next(iter(lengths.values())) == 0:
+        raise ProgramError(f"{name} is empty: it must hold at least one example")
+
+
+def _check_finite(leaf: Tensor, where: str) -> None:
+    if not leaf.is_floating_point():
+        return
+    bad = ~torch.isfinite(leaf)
+    if bool(bad.any()):
+        row = int(bad.reshape(len(leaf), -1).any(-1).nonzero()[0])
+        raise ProgramError(
+            f"{where} holds {int(bad.sum())} NaN or infinite values (first in row {row}): "
+            "remove or fill them before tuning"
+        )
+
+
+def convert(tree: Batch, name: str, task: str) -> Batch:
+    """The dtypes that training needs; see `as_data`."""
+    if task == "custom":
+        return map_leaves(tree, _float32)
+    if isinstance(tree, Mapping):
+        key = target_key(tree)
+        rest = {k: map_leaves(v, _input) for k, v in tree.items() if k != key}
+        return {**rest, key: _target(tree[key], f"{name}[{key!r}]", task)}
+    inputs, _, targets = split_target(tree)
+    where = f"{name}[{len(inputs)}]"
+    return (*map_leaves(inputs, _input), _target(targets, where, task))
+
+
+def _float32(leaf: Any) -> Any:
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _input(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.is_floating_point():
+        return leaf.float()
+    if leaf.dtype == torch.uint8:  # pixels; token numbers come as wider integers
+        return leaf.float() / 255
+    return leaf.float() if leaf.dtype == torch.bool else leaf.long()
+
+
+def _target(targets: Tensor, where: str, task: str) -> Tensor:
+    if task == "regression":
+        return targets.float()
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets.squeeze(1)
+    if targets.is_floating_point():
+        _check_finite(targets, where)
+        _refuse_one_hot(targets, where)
+        if bool((targets != targets.round()).any()):
+            raise ProgramError(
+                f"{where} holds fractions as class numbers: use droptune.regression, "
+                "or give whole numbers from 0"
+            )
+    targets = targets.long()
+    wrong = (targets < 0) & (targets != IGNORED)
+    if bool(wrong.any()):
+        raise ProgramError(
+            f"{where} holds the class number {int(targets[wrong].min())}: classes count from 0 "
+            f"({IGNORED} marks targets to be ignored)"
+        )
+    return targets
+
+
+def _refuse_one_hot(targets: Tensor, where: str) -> None:
+    if targets.ndim == 2 and bool((targets.sum(1) > _WHOLE).all()):
+        raise ProgramError(f"{where} looks one-hot: give class numbers instead (y.argmax(1))")
+
+
+def _streamed(
+    raw: Any,
+    name: str,
+    task: str,
+    batch_size: int,
+    collate: Callable[[list[Any]], Batch],
+    workers: int,
+) -> Streamed:
+    if isinstance(raw, IterableDataset) or not (
+        hasattr(raw, "__len__") and hasattr(raw, "__getitem__")
+    ):
+        raise ProgramError(
+            f"{name} is a {type(raw).__name__}: droptune needs tensors, arrays, a tuple of them, "
+            "or a dataset with a length whose examples can be read in any order"
+        )
+    if len(raw) == 0:
+        raise ProgramError(f"{name} is empty: it must hold at least one example")
+    data = Streamed(raw, batch_size, _Collate(collate, name, task), workers, len(raw))
+    first = next(iter(Streamed(raw, 2, data.collate, 0, data.n).batches([0], 0, 0, "cpu")))
+    for path, leaf in leaves(first):
+        if isinstance(leaf, Tensor):
+            _check_finite(leaf, f"{name}{path}")
+    return data
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """The user's collate, then the dtypes that training needs. A class: workers pickle it."""
+
+    collate: Callable[[list[Any]], Batch]
+    name: str
+    task: str
+
+    def __call__(self, examples: list[Any]) -> Batch:
+        batch = self.collate(examples)
+        if isinstance(batch, list):
+            batch = tuple(batch)
+        return convert(batch, self.name, self.task)
+
+
+def split_off(
+    data: InMemory | Streamed, seed: int, task: str, *, share: float = SHARE
+) -> tuple[InMemory | Streamed, InMemory | Streamed, str]:
+    """(the rest, a share of the examples, how it was drawn), drawn by the seed.
+
+    Classes keep their shares (stratified) where the class numbers are at hand: systematic
+    sampling of the shuffled examples in the order of their classes.
+    """
+    order = epoch_order(data.n, derive_seed("split", seed), 0)
+    classes = _classes(data) if task == "classification" else None
+    if classes is not None:
+        order = order[torch.argsort(classes[order], stable=True)]
+    marks = torch.floor(torch.arange(data.n + 1, dtype=torch.float64) * share)
+    taken = marks[1:] > marks[:-1]
+    if not bool(taken.any()):
+        raise ProgramError(
+            f"{data.n} examples are too few to split {share:.0%} off: give validation and test data"
+        )
+    by = "" if classes is None else ", by class,"
+    how = f"{int(taken.sum())} of {data.n} examples{by}"
+    return _take(data, order[~taken]), _take(data, order[taken]), how
+
+
+def _take(data: InMemory | Streamed, indices: Tensor) -> InMemory | Streamed:
+    indices = indices.sort().values
+    if isinstance(data, InMemory):
+        return InMemory(data.gather(indices), len(indices))
+    part: Subset[Any] = Subset(data.dataset, indices.tolist())
+    return Streamed(part, data.batch_size, data.collate, data.workers, len(indices))
+
+
+def _classes(data: InMemory | Streamed) -> Tensor | None:
+    """Class numbers [n], or None where they are unknown without reading a stream."""
+    if isinstance(data, InMemory):
+        targets: Tensor | None = split_target(data.tree)[2]
+    else:
+        found = getattr(data.dataset, "targets", getattr(data.dataset, "labels", None))
+        targets = None if found is None else torch.as_tensor(found)
+    return targets if targets is not None and targets.shape == (data.n,) else None

@@ -1,0 +1,44 @@
+"""What a program's model and loss must be, before anything is spent on training them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from droptune.errors import ProgramError
+
+_SPREAD = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def check_model(model: Any) -> None:
+    """Raises ProgramError unless it is a module that one device can train."""
+    if not isinstance(model, nn.Module):
+        raise ProgramError(
+            f"model() returned a {type(model).__name__}: it must return an nn.Module"
+        )
+    for module in model.modules():
+        if any(kind.__name__ in _SPREAD for kind in type(module).__mro__):
+            raise ProgramError(
+                f"model() returned a {type(module).__name__}: a trial fits one device, and several "
+                "devices train several trials; return the model that it wraps"
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ProgramError(
+                f"{name} has no shape yet (a lazy module): run the model once in model()"
+            )
+
+
+def check_loss(loss: Any) -> None:
+    """Raises ProgramError unless it is a finite scalar that depends on the weights."""
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ProgramError(f"loss(model, batch) returned {shape}: it must return a scalar tensor")
+    if not bool(torch.isfinite(loss)):
+        raise ProgramError(
+            f"the loss of the first examples is {loss.item()}: check the data and the model"
+        )
+    if not loss.requires_grad:
+        raise ProgramError("the loss does not depend on the model's weights: nothing to train")

@@ -1,0 +1,85 @@
+"""How far a study is, and what is best so far: pure functions of its records."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from droptune.training import Record, State, TrainingKind
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state of a study at one moment.
+
+    `counts` are trials by state; `confirmations` are (finished, queued and running ones too);
+    `per_minute` counts trials that ended in the last minutes; `seconds_left` is None while
+    unknown. `intervals` is what the study has cost so far.
+    """
+
+    counts: Mapping[State, int]
+    total: int | None
+    confirmations: tuple[int, int]
+    best: Record | None
+    baselines: Mapping[str, Record | None]
+    per_minute: float
+    seconds_left: float | None
+    intervals: int
+    device_seconds: float
+
+    @property
+    def finished(self) -> int:
+        return sum(count for state, count in self.counts.items() if state.finished)
+
+
+def measure(
+    records: Sequence[Record], direction: str, total: int | None, now: datetime
+) -> Progress:
+    """Sum up the records of a study; `total` is its budget of trials, if it has one."""
+    trials = [r for r in records if r.training.kind.is_trial]
+    others = [r for r in records if not r.training.kind.is_trial]
+    counts = Counter(r.state for r in trials)
+    per_minute = _per_minute(records, now)
+    remaining = _remaining(trials, others, total)
+    return Progress(
+        counts={state: counts[state] for state in State},
+        total=total,
+        confirmations=(sum(r.state.finished for r in others), len(others)),
+        best=best(trials, direction),
+        baselines={
+            label: best([r for r in trials if r.training.label == label], direction)
+            for label in dict.fromkeys(
+                r.training.label for r in trials if r.training.kind is TrainingKind.BASELINE
+            )
+        },
+        per_minute=per_minute,
+        seconds_left=60 * remaining / per_minute if remaining and per_minute else None,
+        intervals=sum(r.intervals_done for r in records),
+        device_seconds=sum(math.fsum(r.curves.get("time/seconds", ())) for r in records),
+    )
+
+
+def best(records: Sequence[Record], direction: str) -> Record | None:
+    """The COMPLETE record with the best first objective; the lower number wins a tie."""
+    complete = [r for r in records if r.state is State.COMPLETE and r.value is not None]
+    sign = 1 if direction == "minimize" else -1
+    return min(complete, key=lambda r: (sign * (r.value or 0.0), r.training.id), default=None)
+
+
+def _per_minute(records: Sequence[Record], now: datetime) -> float:
+    ends = [r.ended for r in records if r.ended is not None]
+    if not ends:
+        return 0.0
+    first = min(r.started for r in records if r.started is not None)
+    window = min(timedelta(minutes=5), max(now - first, timedelta(seconds=1)))
+    recent = sum(end >= now - window for end in ends)
+    return 60 * recent / window.total_seconds()
+
+
+def _remaining(trials: Sequence[Record], others: Sequence[Record], total: int | None) -> int:
+    open_others = sum(not r.state.finished for r in others)
+    finished = sum(r.state.finished for r in trials)
+    return open_others + (max(total - finished, 0) if total is not None else 0)

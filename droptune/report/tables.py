@@ -1,0 +1,196 @@
+"""Tables of a report: the same cells for HTML, Markdown and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import stdev
+
+from droptune.training import Record
+from droptune.verdict.comparison import Comparison
+from droptune.verdict.evidence import Evidence
+from droptune.verdict.findings import values_at_objective
+from droptune.verdict.verdict import Verdict
+from droptune.verdict.wording import (
+    UNITS,
+    amount,
+    interval,
+    learning_rate,
+    level,
+    metric_name,
+    rate,
+)
+
+WHOM = {
+    "none": "no dropout",
+    "author": "author's rates",
+    "half": "0.5 everywhere",
+    "none at the winner's lr": "no dropout, winner's lr",
+    "winner": "dropout found",
+}
+STOPPED = {
+    "decided": "decided",
+    "hopeless": "given up: not decidable",
+    "seeds": "all seeds spent",
+    "budget": "share of budget spent",
+    "open": "not finished",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; `notes` stand below."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        """As a GitHub table."""
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in escaped]
+        lines.insert(1, "|" + "---|" * len(self.head))
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+
+    def text(self) -> str:
+        """In columns, for a terminal."""
+        cells = (self.head, *self.rows)
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
+        return "\n".join([*lines, *self.notes])
+
+
+def rates(evidence: Evidence, verdict: Verdict) -> Table | None:
+    """What to use: a row for each site, then the learning rate and other searched values."""
+    recommended = verdict.recommended
+    if recommended is None or verdict.winner is None:
+        return None
+    other = recommended.choice != "winner"
+    use = "rate to use" if verdict.confirmed else "best so far"
+    head = ("site", use, *(("dropout found",) if other else ()), "as good", "author's")
+    rows = [
+        (
+            site.path,
+            rate(site.rate),
+            *((rate(site.winner),) if other else ()),
+            "–" if site.near is None else _range(site.near),
+            rate(site.author),
+        )
+        for site in verdict.sites
+    ]
+    author_lr = "–" if evidence.author_lr is None else learning_rate(evidence.author_lr)
+    found_lr = (learning_rate(verdict.winner.assignment.lr),) if other else ()
+    rows.append(
+        ("learning rate", learning_rate(recommended.assignment.lr), *found_lr, "", author_lr)
+    )
+    for name, value in recommended.assignment.values.items():
+        theirs = verdict.winner.assignment.values.get(name, "")
+        rows.append((name, _value(value), *((_value(theirs),) if other else ()), "", ""))
+    return Table(head, tuple(rows))
+
+
+def _range(near: tuple[float, float]) -> str:
+    return rate(near[0]) if rate(near[0]) == rate(near[1]) else f"{rate(near[0])}–{rate(near[1])}"
+
+
+def _value(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3g}"
+
+
+def comparisons(evidence: Evidence, found: Sequence[Comparison]) -> Table:
+    """The winner against each other: means, difference, interval, seeds, and how it stopped."""
+    metric = evidence.objective.metric
+    unit = UNITS.get(metric, "").strip()
+    head = (
+        "dropout found against",
+        metric_name(metric),
+        "theirs",
+        f"better by{f' ({unit})' if unit else ''}",
+        "interval",
+        "seeds",
+        "p",
+        "would have seen",
+        "stopped",
+    )
+    return Table(head, tuple(_comparison(metric, one) for one in found))
+
+
+def _comparison(metric: str, one: Comparison) -> tuple[str, ...]:
+    found = one.difference
+    half = (found.high - found.low) / 2
+    return (
+        WHOM.get(one.against, one.against),
+        level(metric, one.ours),
+        level(metric, one.theirs),
+        amount(metric, found.mean, half, sign=True),
+        interval(metric, found.low, found.high),
+        str(found.seeds),
+        "< 0.001" if one.adjusted_p < 0.001 else f"{one.adjusted_p:.3f}",
+        amount(metric, found.detectable, found.detectable),
+        STOPPED.get(one.stopped, one.stopped),
+    )
+
+
+def calibration(verdict: Verdict) -> Table | None:
+    """ECE and NLL before and after temperature scaling."""
+    if not verdict.calibration:
+        return None
+    scaled = any(one.ece_after is not None for one in verdict.calibration)
+    head = ("", "ECE", "NLL", *(("temperature", "ECE scaled", "NLL scaled") if scaled else ()))
+    rows = [
+        (
+            WHOM.get(one.label, one.label),
+            f"{one.ece:.3f}",
+            _number(one.nll),
+            *(
+                (_number(one.temperature), _number(one.ece_after), _number(one.nll_after))
+                if scaled
+                else ()
+            ),
+        )
+        for one in verdict.calibration
+    ]
+    return Table(head, tuple(rows))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.3f}"
+
+
+def metrics(trained: Mapping[str, Sequence[Record]]) -> Table | None:
+    """Every validation metric of the compared members: mean and standard deviation over seeds."""
+    names = sorted({k for records in trained.values() for r in records for k in r.curves})
+    shown = [name for name in names if name.startswith("val/") and name != "val/gap"]
+    if not shown or len(trained) < 2:
+        return None
+    rows = []
+    for label, records in trained.items():
+        cells = [_spread(name, values_at_objective(records, name)) for name in shown]
+        rows.append((WHOM.get(label, label), *cells))
+    return Table(("validation", *(metric_name(n.removeprefix("val/")) for n in shown)), tuple(rows))
+
+
+def _spread(key: str, values: Sequence[float]) -> str:
+    """`0.481 ± 0.004`, in the metric's own form."""
+    if not values:
+        return "–"
+    metric = key.removeprefix("val/")
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return level(metric, mean)
+    return f"{level(metric, mean)} ± {amount(metric, stdev(values), stdev(values))}"
+
+
+def importance(evidence: Evidence, verdict: Verdict) -> Table | None:
+    """What it costs to set one input at random, the most important first."""
+    if not verdict.importance:
+        return None
+    ranked = sorted(verdict.importance.items(), key=lambda item: -item[1])
+    unit = metric_name(evidence.objective.metric)
+    largest = ranked[0][1]
+    metric = evidence.objective.metric
+    rows = tuple((name, amount(metric, value, largest / 5)) for name, value in ranked)
+    return Table(("input", f"mean loss of {unit} when set at random"), rows)

@@ -1,0 +1,1 @@
+"""The search space: which sites share a rate, and where each is searched."""

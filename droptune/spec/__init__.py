@@ -1,0 +1,1 @@
+"""The study file and `droptune.toml`, read into frozen values."""

@@ -1,0 +1,441 @@
+"""What a study is: frozen values, read from a YAML file or from the JSON in SQL."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from droptune.errors import SpecError, nearest
+from droptune.program.source import project_root
+from droptune.spec.document import Document, Place, Strict, adapter, checked
+from droptune.spec.objective import DIRECTIONS, Objective
+from droptune.spec.ranges import LogRange, Positive, Rate, RateRange, ShareRange, ValueRange
+
+__all__ = ["FREE_KEYS", "Objective", "StudySpec", "json_schema", "project_root"]
+
+
+SAMPLERS = ("auto", "tpe", "gp", "cmaes", "random", "qmc")
+PRUNERS = ("fair", "median", "percentile", "sha", "hyperband", "patient", "none")
+FREE_KEYS = ("budget", "priority", "mlflow.mirror", "confirm")  # may change on continuation
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Budget(Strict):
+    """What the search may spend; it ends with whatever is spent first. Default: 60 trials."""
+
+    trials: Count | None = None
+    epochs: Count | None = None
+    device_hours: Positive | None = None
+    deadline: datetime | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.trials or self.epochs or self.device_hours or self.deadline):
+            object.__setattr__(self, "trials", 60)
+        if self.deadline is not None and self.deadline.tzinfo is None:
+            object.__setattr__(self, "deadline", self.deadline.replace(tzinfo=UTC))
+
+
+def _named(given: Any) -> Any:
+    """`tpe` or {name: tpe, option: value} as {name, options}."""
+    if isinstance(given, str):
+        return {"name": given}
+    if isinstance(given, Mapping) and not set(given) <= {"name", "options"}:
+        options = {key: value for key, value in given.items() if key != "name"}
+        return {**({"name": given["name"]} if "name" in given else {}), "options": options}
+    return given
+
+
+def _check_name(what: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}{nearest(name, known)}")
+
+
+@dataclass(frozen=True)
+class Sampler(Strict):
+    """What proposes trials; options are Optuna's."""
+
+    name: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_name("sampler", self.name, SAMPLERS)
+
+
+@dataclass(frozen=True)
+class Pruner(Strict):
+    """What stops trials early; options are its own."""
+
+    name: str = "fair"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_name("pruner", self.name, PRUNERS)
+
+
+def _listed(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
+def _listed_values(given: Any) -> Any:
+    if isinstance(given, Mapping):
+        return {name: _listed(value) for name, value in given.items()}
+    return given
+
+
+Globs = tuple[str, ...]
+Schedule = Literal["constant", "up", "early", "late"]
+
+
+@dataclass(frozen=True)
+class SpaceSpec(Strict):
+    """What is searched beside the defaults; see `droptune.space`.
+
+    Keys of `rates`, `fixed` and the globs of `groups` and `linear_in_depth` are matched against
+    site paths: `*` stands for anything, dots included; `kind:attention` for a kind of site.
+    """
+
+    rates: Mapping[str, RateRange] = field(default_factory=dict)
+    groups: Annotated[
+        Literal["auto", "none"] | Mapping[str, Globs],
+        BeforeValidator(
+            _listed_values,
+            json_schema_input_type=Literal["auto", "none"] | Mapping[str, str | Globs],
+        ),
+    ] = "auto"
+    linear_in_depth: Annotated[
+        Globs, BeforeValidator(_listed, json_schema_input_type=str | Globs)
+    ] = ()
+    fixed: Mapping[str, Rate] = field(default_factory=dict)
+    lr: LogRange | None = None
+    weight_decay: LogRange | None = None
+    l1: LogRange | None = None
+    label_smoothing: ShareRange | None = None
+    values: Mapping[str, ValueRange | Annotated[tuple[float, ...], Field(min_length=2)]] = field(
+        default_factory=dict
+    )
+    schedule: Annotated[
+        tuple[Schedule, ...],
+        BeforeValidator(_listed, json_schema_input_type=Schedule | tuple[Schedule, ...]),
+    ] = ("constant",)
+
+    def __post_init__(self) -> None:
+        if "constant" not in self.schedule:
+            raise ValueError("schedule must hold 'constant': the baselines are trained with it")
+        if len(set(self.schedule)) < len(self.schedule):
+            raise ValueError(f"schedule holds a word twice: {', '.join(self.schedule)}")
+
+
+@dataclass(frozen=True)
+class Insertion(Strict):
+    """Sites to add at rate 0 after the modules whose path (glob) or type name is `after`."""
+
+    after: str
+    kind: str = "element"  # an insertable kind of `dropout.KINDS`, checked where it is inserted
+
+
+@dataclass(frozen=True)
+class Baselines(Strict):
+    """Which baselines are searched, each with `trials` learning rates."""
+
+    trials: Count = 5
+    none: bool = True
+    half: bool = True
+    author: bool = True
+
+
+@dataclass(frozen=True)
+class Confirm(Strict):
+    """How front runners and baselines are retrained on fresh seeds."""
+
+    enabled: bool = True
+    top: Count = 3
+    min_seeds: Annotated[int, Field(ge=2)] = 3
+    max_seeds: Annotated[int, Field(ge=2)] = 10
+    share: Annotated[float, Field(gt=0, le=1)] = 0.3333
+    fresh_splits: bool = False
+    ablate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.min_seeds > self.max_seeds:
+            raise ValueError(f"min_seeds {self.min_seeds} is above max_seeds {self.max_seeds}")
+
+
+AutoCount = Literal["auto"] | Count
+
+
+@dataclass(frozen=True)
+class TrainingSpec(Strict):
+    """How a training is run; `width` and `threads` belong to a worker, results do not change."""
+
+    trainer: Literal["auto", "solo", "fused"] = "auto"
+    width: AutoCount = "auto"
+    precision: Literal["float32", "float64", "bf16"] = "float32"
+    clip: Positive | None = None
+    accumulate: Count = 1
+    threads: AutoCount = "auto"
+
+
+@dataclass(frozen=True)
+class Checkpoints(Strict):
+    """Where snapshots of running trainings lie."""
+
+    store: Literal["directory", "sql"] = "directory"
+    directory: str | None = None
+
+
+@dataclass(frozen=True)
+class Mlflow(Strict):
+    """Who copies the study to MLflow, and under which names (None: from the study's)."""
+
+    mirror: Literal["worker", "external", "none"] = "worker"
+    experiment: str | None = None
+    registered_model: str | None = None
+
+
+class Described(Protocol):
+    """What `resolved` reads of a program."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def interval_updates(self) -> int | None: ...
+    @property
+    def metric_names(self) -> Sequence[str]: ...
+
+
+def _objectives(given: Any) -> Any:
+    if isinstance(given, str):
+        return [{"metric": given}]
+    return [given] if isinstance(given, Mapping) else given
+
+
+_NAME = r"^\w[\w.\-]*$"
+
+
+def _name(given: str) -> str:
+    if not re.match(_NAME, given):
+        raise ValueError(
+            f"{given!r} may hold letters, digits, _ . and -, and starts with no . or -"
+        )
+    return given
+
+
+_UPDATES = re.compile(r"([1-9]\d*)\s+updates?")
+
+
+def _interval(given: Any) -> Any:
+    if given is None or given == "epoch":
+        return given
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        return f"{given} updates"
+    found = _UPDATES.fullmatch(str(given).strip())
+    if found is None:
+        raise ValueError(f"give 'epoch' or 'N updates', got {given!r}")
+    return f"{found[1]} updates"
+
+
+@dataclass(frozen=True)
+class StudySpec(Strict):
+    """A whole study. `objectives` empty, `epochs` or `interval` None: the program's (`resolved`).
+
+    In the file `objectives` is `objective`: one, or a list of them.
+    """
+
+    name: Annotated[
+        str, AfterValidator(_name), Field(max_length=100, json_schema_extra={"pattern": _NAME})
+    ]
+    program: str
+    seed: Whole = 0
+    objectives: Annotated[
+        tuple[Objective, ...],
+        BeforeValidator(
+            _objectives, json_schema_input_type=str | Objective | tuple[Objective, ...]
+        ),
+        Field(alias="objective"),
+    ] = ()
+    epochs: Count | None = None
+    interval: Annotated[
+        str | None, BeforeValidator(_interval, json_schema_input_type=str | int | None)
+    ] = None
+    budget: Budget = field(default_factory=Budget)
+    sampler: Annotated[
+        Sampler, BeforeValidator(_named, json_schema_input_type=str | dict[str, Any])
+    ] = field(default_factory=Sampler)
+    pruner: Annotated[
+        Pruner, BeforeValidator(_named, json_schema_input_type=str | dict[str, Any])
+    ] = field(default_factory=Pruner)
+    space: SpaceSpec = field(default_factory=SpaceSpec)
+    insert: tuple[Insertion, ...] = ()
+    baselines: Baselines = field(default_factory=Baselines)
+    confirm: Confirm = field(default_factory=Confirm)
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    priority: int = 0
+    mlflow: Mlflow = field(default_factory=Mlflow)
+
+    def __post_init__(self) -> None:
+        metrics = [objective.metric for objective in self.objectives]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"objective: a metric twice in {', '.join(metrics)}")
+
+    # -- reading and writing ------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: Path) -> StudySpec:
+        """The study that a YAML file describes; its program relative to the project's root.
+
+        Raises SpecError: the first fault with its line, in one line.
+        """
+        document = Document.read(path)
+        content = {"name": path.stem, **document.content}
+        spec = checked(cls, content, document, _refused)
+        return replace(spec, program=_from_root(spec.program, path))
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> StudySpec:
+        """The study that plain data describe, as in the file. Raises SpecError."""
+        return checked(cls, content, None, _refused)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StudySpec:
+        """What `to_json` wrote."""
+        return cls.parse(data)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, defaults included, in JSON's types."""
+        written: dict[str, Any] = adapter(StudySpec).dump_python(self, mode="json", by_alias=True)
+        return written
+
+    # -- what follows from it -----------------------------------------------------------------
+
+    def resolved(self, program: Described) -> StudySpec:
+        """With the program's objective, epochs and interval where the file leaves them open.
+
+        Raises SpecError where the program does not measure an objective's metric.
+        """
+        defaults = {"classification": "nll", "regression": "rmse"}
+        measured = [*program.metric_names, "gap", "seconds"]
+        objectives = self.objectives
+        if not objectives:
+            metric = defaults.get(program.task, measured[0])
+            if metric not in DIRECTIONS:
+                raise SpecError(
+                    f"objective is missing: choose a metric of {self.program} "
+                    f"({', '.join(program.metric_names)}) and its direction"
+                )
+            objectives = (Objective(metric),)
+        for objective in objectives:
+            if objective.metric not in measured:
+                raise SpecError(
+                    f"objective: {self.program} does not measure {objective.metric!r}"
+                    f"{nearest(objective.metric, measured)}"
+                )
+        updates = program.interval_updates
+        interval = self.interval or ("epoch" if updates is None else f"{updates} updates")
+        epochs = self.epochs or program.epochs
+        return replace(self, objectives=objectives, epochs=epochs, interval=interval)
+
+    @property
+    def interval_updates(self) -> int | None:
+        """Updates in an interval; None: one pass over the training data."""
+        found = _UPDATES.fullmatch(self.interval or "")
+        return None if found is None else int(found[1])
+
+    def intervals(self, program: Described, examples: int) -> int:
+        """How many intervals a full training takes on that many training examples."""
+        epochs = self.epochs or program.epochs
+        updates = self.interval_updates or program.interval_updates
+        if self.interval == "epoch" or updates is None:
+            return epochs
+        batches = math.ceil(examples / program.batch_size)
+        return math.ceil(epochs * batches / updates)
+
+    @property
+    def experiment(self) -> str:
+        """The MLflow experiment's name."""
+        return self.mlflow.experiment or f"droptune/{self.name}"
+
+    @property
+    def registered_model(self) -> str:
+        """The name of the registered MLflow model."""
+        return self.mlflow.registered_model or f"droptune-{self.name}"
+
+    def renamed(self, name: str) -> StudySpec:
+        return StudySpec.parse({**self.to_json(), "name": name})
+
+    def changes(self, other: StudySpec) -> tuple[str, ...]:
+        """The dotted keys in which another spec differs."""
+        mine, others = _flat(self.to_json()), _flat(other.to_json())
+        missing = object()
+        keys = [*mine, *(key for key in others if key not in mine)]
+        return tuple(key for key in keys if mine.get(key, missing) != others.get(key, missing))
+
+    @staticmethod
+    def is_free(key: str) -> bool:
+        """Whether a study may go on although this key has changed."""
+        return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of study files (`name` may be left out: the file's stem)."""
+    schema = adapter(StudySpec).json_schema()
+    schema["required"] = ["program"]
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+_SHAPES = (
+    *("batch_size", "batch", "hidden", "hidden_size", "units", "width", "layers", "depth"),
+    *("channels", "heads", "activation", "kernel_size", "embedding_dim", "model", "architecture"),
+    "optimizer",
+)
+
+
+def _refused(place: Place) -> str | None:
+    """Why a key of `space` is not searched, where that is worth saying."""
+    if place[:1] != ("space",) or place[-1] not in _SHAPES:
+        return None
+    if place[-1] == "optimizer":
+        return "is not searched: make a study for each optimizer"
+    return (
+        "is not searched, because it changes tensor shapes, and rates belong to one architecture "
+        "and batch size: make a study for each"
+    )
+
+
+def _from_root(program: str, file: Path) -> str:
+    """A program named relative to the study file, relative to the project's root."""
+    target, colon, name = program.partition(":")
+    if not target.endswith(".py"):
+        return program
+    path, root = (file.parent / target).resolve(), project_root(file.resolve())
+    if not path.is_relative_to(root):
+        raise SpecError(
+            f"program {program} lies outside the project {root}: "
+            "move it there, or put a droptune.toml into the folder above both"
+        )
+    return f"{path.relative_to(root).as_posix()}{colon}{name}"
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,124 @@
+"""Where the database is: the URL as given, as SQLAlchemy wants it, and as people may see it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from droptune.errors import StorageError, nearest
+
+DRIVERS = {
+    "sqlite": "sqlite+pysqlite",
+    "postgresql": "postgresql+psycopg",
+    "postgres": "postgresql+psycopg",
+    "mysql": "mysql+pymysql",
+    "mariadb": "mysql+pymysql",
+}
+NETWORK_FILE_SYSTEMS = {
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "afs", "orangefs",
+    "glusterfs", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.gcsfuse", "fuse.s3fs",
+}  # fmt: skip
+_SECRET_KEY = re.compile(r"pass|pwd|secret|token|credential", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Address:
+    """A database URL with its driver, and the same without secrets."""
+
+    url: sa.URL = field(repr=False)
+    redacted: str
+
+    @classmethod
+    def parse(cls, given: str) -> Address:
+        """Read a URL; raises StorageError (one line, no secrets) when it cannot be used."""
+        try:
+            url = sa.make_url(given)
+        except (sa.exc.ArgumentError, ValueError):
+            raise StorageError(_not_a_url(given)) from None
+        scheme = url.drivername.partition("+")[0]
+        if scheme not in DRIVERS:
+            raise StorageError(
+                f"{redact(url)} names the database {scheme!r}"
+                f"{nearest(scheme, ('sqlite', 'postgresql', 'mysql'))}."
+            )
+        url = url.set(drivername=DRIVERS[scheme])
+        if scheme == "sqlite":
+            url = _sqlite(url)
+        return cls(url, redact(url))
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite`, `postgresql` or `mysql`."""
+        return self.url.get_backend_name()
+
+    @property
+    def path(self) -> Path | None:
+        """The file of a SQLite database."""
+        return Path(str(self.url.database)) if self.dialect == "sqlite" else None
+
+    def scrub(self, message: str) -> str:
+        """The message on one line and without this URL's secrets."""
+        for secret in _secrets(self.url):
+            message = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", message)
+        return " ".join(message.split())
+
+    def network_file_system(self) -> str | None:
+        """The type of the network file system that a SQLite file lies on, if it does."""
+        if self.path is None:
+            return None
+        kind = _file_system(self.path.resolve().parent)
+        return kind if kind in NETWORK_FILE_SYSTEMS else None
+
+
+def redact(url: sa.URL) -> str:
+    """The URL as text, with `***` for the password and for every secret in the query."""
+    hidden = {k: "***" if _SECRET_KEY.search(k) else v for k, v in url.query.items()}
+    text = url.set(query=hidden).render_as_string(hide_password=True)
+    shown = text.replace("%2A%2A%2A", "***")
+    for driver in ("+pysqlite", "+psycopg", "+pymysql"):
+        shown = shown.replace(driver, "", 1)
+    return shown
+
+
+def _secrets(url: sa.URL) -> list[str]:
+    values = [str(v) for k, v in url.query.items() if _SECRET_KEY.search(k)]
+    if url.password is not None:
+        values.append(str(url.password))
+        values.append(url.render_as_string(hide_password=False).split("@")[0].split(":")[-1])
+    return [value for value in values if value]
+
+
+def _sqlite(url: sa.URL) -> sa.URL:
+    if not url.database or url.database == ":memory:" or url.query.get("mode") == "memory":
+        raise StorageError(
+            "A SQLite database in memory cannot be shared between workers. "
+            "Name a file: sqlite:///droptune.db"
+        )
+    return url.set(database=str(Path(url.database).expanduser().absolute()))
+
+
+def _not_a_url(given: str) -> str:
+    shown = re.sub(r"//[^/]*@", "//***@", given)
+    hint = f" Did you mean sqlite:///{shown} ?" if "://" not in given and given else ""
+    return (
+        f"{shown!r} is not a database URL. Possible: sqlite:///FILE, "
+        f"postgresql://USER:PASSWORD@HOST/NAME, mysql://USER:PASSWORD@HOST/NAME.{hint}"
+    )
+
+
+def _file_system(folder: Path) -> str | None:
+    """The type of the mount that holds `folder` (Linux; None elsewhere)."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    best, kind = "", None
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        mount = before.split()[4].encode().decode("unicode_escape")
+        if folder.is_relative_to(mount) and len(mount) >= len(best):
+            best, kind = mount, after.split()[0]
+    return kind

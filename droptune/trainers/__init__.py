@@ -1,0 +1,1 @@
+"""Training K assignments, each as if alone: solo, or fused into one program."""

@@ -1,0 +1,239 @@
+"""Snapshots of running trainings and weights worth keeping: safetensors with JSON, never pickle.
+
+They lie in a directory (one that all workers share) or, for small models, in SQL. Writing is
+atomic: what is read is whole, whatever happened while it was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import struct
+import tempfile
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from droptune.errors import StorageError
+from droptune.trainers.slot import Snapshot
+
+log = logging.getLogger("droptune.checkpoint")
+
+DIRECTORY = ".droptune"  # below the project's root
+_WRITING = ".writing-"
+Weights = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+class Blobs(Protocol):
+    """Bytes under names; `put` replaces, all or nothing."""
+
+    def put(self, name: str, content: bytes) -> None: ...
+    def get(self, name: str) -> bytes | None: ...
+    def delete(self, name: str) -> None: ...
+    def names(self, prefix: str) -> list[str]: ...
+
+
+class Directory:
+    """Blobs as files below one directory, which is made when it is first needed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def put(self, name: str, content: bytes) -> None:
+        path = self.root / name
+        handle, temporary = _temporary(path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_directory(path.parent)
+
+    def get(self, name: str) -> bytes | None:
+        try:
+            return (self.root / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def delete(self, name: str) -> None:
+        path = self.root / name
+        for gone in (path, *path.parent.glob(f"{_WRITING}*")):  # of a writer that was killed
+            gone.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others lie there
+            path.parent.rmdir()
+
+    def names(self, prefix: str) -> list[str]:
+        folder = self.root / prefix.rpartition("/")[0]
+        found = (p.relative_to(self.root).as_posix() for p in folder.rglob("*.safetensors"))
+        return sorted(name for name in found if name.startswith(prefix))
+
+
+def _temporary(folder: Path) -> tuple[int, str]:
+    """An open file in the folder, which another process may remove while it is empty."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return tempfile.mkstemp(dir=folder, prefix=_WRITING)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename survive a crash; where the system cannot, the file's content is safe."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class _HasBlobs(Protocol):
+    def put_blob(self, name: str, content: bytes) -> None: ...
+    def get_blob(self, name: str) -> bytes | None: ...
+    def delete_blob(self, name: str) -> None: ...
+    def blob_names(self, prefix: str = "") -> list[str]: ...
+
+
+class SqlBlobs:
+    """Blobs in the study's database, under the study's own prefix."""
+
+    def __init__(self, storage: _HasBlobs, prefix: str) -> None:
+        self._storage = storage
+        self._prefix = prefix
+
+    def put(self, name: str, content: bytes) -> None:
+        self._storage.put_blob(self._prefix + name, content)
+
+    def get(self, name: str) -> bytes | None:
+        return self._storage.get_blob(self._prefix + name)
+
+    def delete(self, name: str) -> None:
+        self._storage.delete_blob(self._prefix + name)
+
+    def names(self, prefix: str) -> list[str]:
+        found = self._storage.blob_names(self._prefix + prefix)
+        return [name.removeprefix(self._prefix) for name in found]
+
+
+class CheckpointStore:
+    """Snapshots (one for each training and attempt) and kept weights of one study."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
+
+    @classmethod
+    def at(cls, root: Path) -> CheckpointStore:
+        """In a directory."""
+        return cls(Directory(root))
+
+    @classmethod
+    def of(cls, study: Any, root: Path) -> CheckpointStore:
+        """Where a study's spec says; by default in `.droptune` below the project's root.
+
+        The study's uuid is part of the place, so that a new study never finds an old one's.
+        """
+        chosen, folder = study.spec.checkpoints, f"{study.file_name}-{study.row.uuid[:8]}"
+        if chosen.store == "sql":
+            return cls(SqlBlobs(study.storage, f"{folder}/"))
+        base = root / (chosen.directory or f"{DIRECTORY}/checkpoints")
+        return cls.at(base / folder)
+
+    @property
+    def in_database(self) -> bool:
+        """Whether nothing can be kept while the database is away."""
+        return isinstance(self._blobs, SqlBlobs)
+
+    # -- snapshots ----------------------------------------------------------------------------
+
+    def save(self, training_id: int, attempt: int, snapshot: Snapshot) -> bool:
+        """Keep a snapshot in place of the last one; False (and a warning) where it cannot be."""
+        meta = {"interval": snapshot.interval, "meta": dict(snapshot.meta)}
+        return self._put(_snapshot(training_id, attempt), snapshot.tensors, meta)
+
+    def load(self, training_id: int, attempt: int) -> Snapshot | None:
+        """The last snapshot of an attempt, or None (also, with a warning, where it is damaged)."""
+        found = self._get(_snapshot(training_id, attempt))
+        if found is None:
+            return None
+        tensors, meta = found
+        return Snapshot(int(meta["interval"]), tensors, meta["meta"])
+
+    # -- weights ------------------------------------------------------------------------------
+
+    def save_weights(
+        self, training_id: int, weights: Mapping[str, Tensor], meta: Mapping[str, Any]
+    ) -> bool:
+        """Keep a `state_dict`; False (and a warning) where it cannot be."""
+        return self._put(_weights(training_id), weights, dict(meta))
+
+    def load_weights(self, training_id: int) -> Weights | None:
+        """What `save_weights` kept, or None."""
+        return self._get(_weights(training_id))
+
+    def delete(self, training_id: int, *, weights: bool = True) -> None:
+        """Remove the snapshots of a training, and its weights where asked."""
+        names = self._blobs.names(f"{training_id}/")
+        for name in names:
+            if weights or name != _weights(training_id):
+                self._blobs.delete(name)
+
+    def sweep(self, finished: Container[int], *, keep_weights: Container[int]) -> None:
+        """Remove what is kept of finished trainings, except for these ones' weights."""
+        for name in self._blobs.names(""):
+            training_id = int(name.partition("/")[0])
+            needed = training_id in keep_weights and name == _weights(training_id)
+            if training_id in finished and not needed:
+                self._blobs.delete(name)
+
+    # -- bytes --------------------------------------------------------------------------------
+
+    def _put(self, name: str, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> bool:
+        try:
+            self._blobs.put(name, to_bytes(tensors, meta))
+        except (OSError, StorageError) as error:
+            log.warning("not kept: %s (%s); training goes on without it", name, error)
+            return False
+        return True
+
+    def _get(self, name: str) -> Weights | None:
+        try:
+            content = self._blobs.get(name)
+            return None if content is None else from_bytes(content)
+        except Exception as error:  # safetensors raises its own type for damaged content
+            log.warning("cannot read %s (%s): going on without it", name, error)
+            return None
+
+
+def _snapshot(training_id: int, attempt: int) -> str:
+    return f"{training_id}/attempt-{attempt}.safetensors"
+
+
+def _weights(training_id: int) -> str:
+    return f"{training_id}/weights.safetensors"
+
+
+def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
+    """Tensors and JSON-able `meta` in the safetensors format."""
+    whole: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        shared = tensor.untyped_storage().data_ptr() in storages  # safetensors refuses to share
+        whole[name] = (tensor.detach().clone() if shared else tensor.detach()).contiguous()
+        storages.add(tensor.untyped_storage().data_ptr())
+    return save(whole, metadata={"droptune": json.dumps(meta)})
+
+
+def from_bytes(content: bytes) -> Weights:
+    """The inverse of `to_bytes`. The header is JSON behind its length (safetensors' format)."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    return load(content), json.loads(header.get("__metadata__", {}).get("droptune", "{}"))

@@ -1,0 +1,135 @@
+"""Evaluating weights on a whole split, for one model or for all slots of a stack at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from droptune.errors import ProgramError
+from droptune.program.data import Batch, InMemory, Streamed
+from droptune.program.metrics import per_example
+from droptune.program.program import Program
+from droptune.sites.installed import Installed
+from droptune.spec.objective import DIRECTIONS
+from droptune.trainers.feed import cut
+from droptune.trainers.recipe import Recipe
+from droptune.trainers.slot import Scores
+
+EVALUATION_BATCHES = 4  # an evaluation batch holds so many training batches: it has no gradients
+Predict = Callable[[Batch], tuple[Tensor, Tensor]]
+Measured = Mapping[str, float]
+
+
+def evaluation_batches(data: InMemory | Streamed, recipe: Recipe) -> Iterator[Batch]:
+    """A whole split in its own order."""
+    if isinstance(data, Streamed):
+        read = data.batches(torch.arange(data.n), seed=0, epoch=0, device=recipe.device)
+        yield from map(recipe.place, read)
+        return
+    for start, stop in cut(data.n, EVALUATION_BATCHES * recipe.program.batch_size):
+        yield data.gather(torch.arange(start, stop, device=recipe.device))
+
+
+def predictions(
+    predict: Predict,
+    data: InMemory | Streamed,
+    recipe: Recipe,
+    axis: int = 0,
+    stop: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """Predictions and targets of a whole split, joined along `axis` (1 where slots come first).
+
+    `stop` is called before each batch and may raise.
+    """
+    pairs = []
+    for batch in evaluation_batches(data, recipe):
+        stop()
+        pairs.append(predict(batch))
+    return torch.cat([p for p, _ in pairs], axis), torch.cat([t for _, t in pairs], axis)
+
+
+def measure(program: Program, predicted: Tensor, targets: Tensor) -> dict[str, float]:
+    """The program's metrics of one model on a whole split."""
+    return _floats([program.metrics(predicted, targets)])[0]
+
+
+def measure_stack(program: Program, predicted: Tensor, targets: Tensor) -> list[dict[str, float]]:
+    """The same for predictions [k, n, ...] of k slots: at once where the metrics can be batched."""
+    shared = targets.stride(0) == 0
+    try:
+        stacked = torch.func.vmap(program.metrics, in_dims=(0, None if shared else 0))(
+            predicted, targets[0] if shared else targets
+        )
+        names, columns = list(stacked), torch.stack([v.double() for v in stacked.values()], 1)
+        return [dict(zip(names, row, strict=True)) for row in columns.tolist()]
+    except Exception:  # whatever a metric of the user's own does that cannot be batched
+        pairs = zip(predicted, targets, strict=True)
+        return _floats([program.metrics(p, t) for p, t in pairs])
+
+
+def _floats(measured: list[Any]) -> list[dict[str, float]]:
+    """Metrics of several models in one transfer from the device."""
+    for metrics in measured:
+        if not isinstance(metrics, Mapping):
+            kind = type(metrics).__name__
+            raise ProgramError(f"metrics(predictions, targets) returned a {kind}, not a dict")
+    flat = [torch.as_tensor(v).double().cpu().reshape(()) for m in measured for v in m.values()]
+    numbers = iter(torch.stack(flat).tolist() if flat else [])
+    return [{name: next(numbers) for name in metrics} for metrics in measured]
+
+
+def measured_values(
+    recipe: Recipe,
+    validation: Measured,
+    probe: Measured | None,
+    *,
+    loss: float,
+    lr: float,
+    seconds: float,
+) -> dict[str, float]:
+    """All that is measured of one training at the end of an interval.
+
+    `train/loss` is the mean over the interval's examples (in training mode, dropout on);
+    `val/gap` the generalisation gap: how much worse the program's nll (or first metric) is on
+    validation data than on a fixed part of the training data, both in evaluation mode, so that
+    dropout itself does not hide overfitting. Streamed training data have no gap.
+    """
+    values = {"train/loss": loss, **{f"val/{name}": v for name, v in validation.items()}}
+    if probe is not None:
+        name = recipe.gap_metric
+        sign = -1.0 if DIRECTIONS.get(name) == "maximize" else 1.0
+        values[f"train/{name}"] = probe[name]
+        values["val/gap"] = sign * (validation[name] - probe[name])
+    return {**values, "lr": lr, "time/seconds": seconds}
+
+
+def score(recipe: Recipe, weights: Mapping[str, Tensor], split_seed: int) -> Scores:
+    """Score a `state_dict` on the test set, or on validation data where there is none."""
+    split = "test" if recipe.has_test(split_seed) else "validation"
+    model = recipe.fresh_model(0)
+    model.load_state_dict(dict(weights))
+    predict = predictor(recipe, model.eval(), recipe.install(model))
+    with torch.no_grad():
+        predicted, targets = predictions(predict, recipe.data(split_seed, split), recipe)
+    metrics = measure(recipe.program, predicted, targets)
+    return Scores(split, metrics, example_scores(recipe.program, predicted, targets))
+
+
+def predictor(recipe: Recipe, model: nn.Module, installed: Installed) -> Predict:
+    """Predictions of one model, dropout off."""
+
+    def predict(batch: Batch) -> tuple[Tensor, Tensor]:
+        with installed.active(training=False), recipe.autocast():
+            return recipe.program.predict(model, batch)
+
+    return predict
+
+
+def example_scores(program: Program, predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Scores of single examples, in host memory; empty where the task has none."""
+    if program.task not in ("classification", "regression"):
+        return {}
+    return {k: v.cpu() for k, v in per_example(program.task, predicted, targets).items()}

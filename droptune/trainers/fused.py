@@ -1,0 +1,426 @@
+"""The fused trainer: K slots trained as one program, each as if it were alone.
+
+The slots' weights are rows of one stack; `torch.func.vmap` runs the user's loss over the rows,
+one backward pass gives all gradients, one vectorised optimizer updates all rows. Rates, masks'
+keys, learning rates, searched values and (where data order differs) batches are per slot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from droptune.program.program import default_values
+from droptune.spec.spec import StudySpec
+from droptune.trainers.batched import BatchedModel
+from droptune.trainers.evaluation import measure_stack, measured_values, predictions, score
+from droptune.trainers.interval import Chunk, Interval, words_of
+from droptune.trainers.optimizer_state import build
+from droptune.trainers.recipe import Recipe, tensors_of, to_host
+from droptune.trainers.rules import Array
+from droptune.trainers.slot import Interrupted, Outcome, Scores, Slot, Snapshot, Trainer, failure_of
+from droptune.trainers.solo import Solo
+from droptune.trainers.updates import stack_optimizer
+from droptune.trainers.width import WIDTHS, WidthChoice, choose_width
+from droptune.training import Assignment, Measurement, Seeds, Training, TrainingKind
+
+log = logging.getLogger("droptune.trainer")
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What an interval of a chunk gave: losses [updates, k], and values for each slot."""
+
+    chunk: Chunk
+    losses: Array
+    values: tuple[Metrics, ...]
+
+
+class Fused(Trainer):
+    """A trainer of `width` slots on one device.
+
+    `shares_batches` becomes True where the model turns out to look into its inputs (as with a
+    padding mask that it skips when nothing is padded): then only trainings at the same place in
+    the same data are trained side by side.
+    """
+
+    def __init__(self, recipe: Recipe, width: int) -> None:
+        super().__init__(recipe)
+        self.width = width
+        self._model = BatchedModel(recipe, width)
+        self._stack = self._model.stack
+        made = recipe.program.optimizer(self._model.module, recipe.program.lr)
+        self._optimizer = stack_optimizer(self._stack.weights, self._stack.parts.trained, made)
+        self._slots: dict[int, Slot] = {}
+        self._rows: dict[int, int] = {}
+        self._limit = width  # rows that go through the model at once
+        self.shares_batches = False
+
+    # -- filling ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fill(self, index: int, training: Training, snapshot: Snapshot | None = None) -> None:
+        slot = Slot.start(training, snapshot)
+        row = self._rows.get(index, min(set(range(self.width)) - set(self._rows.values())))
+        state, rest = {}, {}
+        if snapshot is None:
+            model = self.recipe.fresh_model(training.seeds.weights)
+            self._stack.write(row, tensors_of(model))
+        else:
+            model = self._model.module
+            state, rest = snapshot.part("optimizer"), snapshot.meta.get("rest", {})
+            self._stack.write(row, snapshot.part("model"))
+            self._stack.write_best(row, snapshot.part("best"))
+        made = build(self.recipe.program.optimizer, model, slot.assignment)
+        self._optimizer.fill(row, made, state, rest)
+        self._slots[index], self._rows[index] = slot, row
+
+    def empty(self, index: int) -> None:
+        self._slots.pop(index, None)
+        self._rows.pop(index, None)
+
+    def occupied(self) -> tuple[int, ...]:
+        return tuple(sorted(self._slots))
+
+    # -- one interval -------------------------------------------------------------------------
+
+    def train_interval(self) -> dict[int, Outcome]:
+        if not self._slots:
+            return {}
+        while True:
+            cohorts = self._arrange()
+            kept = self._stack.keep(len(self._slots)), self._optimizer.keep(len(self._slots))
+            try:
+                results = [self._run(chunk) for chunk in self._chunks(cohorts)]
+                break
+            except BaseException as error:
+                self._stack.put_back(kept[0])
+                self._optimizer.put_back(kept[1])
+                remedy = self._remedy(error)
+                if remedy is None:
+                    raise
+            remedy()  # outside of the except block, whose traceback keeps tensors alive
+        return {i: o for result in results for i, o in self._settle(result).items()}
+
+    def _remedy(self, error: BaseException) -> Callable[[], None] | None:
+        """How the same interval can be trained after all; None where it cannot."""
+        if is_out_of_memory(error):
+            return self._narrow if min(self._limit, len(self._slots)) > 1 else None
+        if not isinstance(error, Exception) or isinstance(error, Interrupted):
+            return None
+        reason = _one_line(error)
+        return None if self.shares_batches else lambda: self._share_batches(reason)
+
+    def _narrow(self) -> None:
+        self._limit = min(self._limit, len(self._slots)) // 2
+        log.warning("out of memory: going on with %d trainings at a time", self._limit)
+        if self.recipe.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _share_batches(self, reason: str) -> None:
+        self.shares_batches = True
+        log.info("only trainings that see the same batches are fused: %s", reason)
+
+    def _arrange(self) -> list[list[int]]:
+        """Cohorts of slots that can be trained side by side, moved to neighbouring rows."""
+        cohorts: dict[object, list[int]] = {}
+        for index in sorted(self._rows, key=self._rows.__getitem__):
+            cohorts.setdefault(self._cohort(self._slots[index]), []).append(index)
+        indices = [index for cohort in cohorts.values() for index in cohort]
+        order = [self._rows[index] for index in indices]
+        if order != list(range(len(order))):
+            self._stack.permute(order)
+            self._optimizer.permute(order)
+            self._rows = {index: row for row, index in enumerate(indices)}
+        return list(cohorts.values())
+
+    def _cohort(self, slot: Slot) -> object:
+        """What must agree between slots that are trained side by side."""
+        seeds, values = slot.training.seeds, slot.assignment.values
+        feed = self.recipe.feed(seeds.split)
+        stream = (seeds.data, slot.updates) if feed.streamed or self.shares_batches else None
+        words = tuple(sorted(words_of(slot).items()))
+        return seeds.split, feed.phase(slot.updates), stream, words, tuple(sorted(values))
+
+    def _chunks(self, cohorts: list[list[int]]) -> Iterator[Chunk]:
+        first = 0
+        for cohort in cohorts:
+            for start in range(0, len(cohort), self._limit):
+                part = tuple(cohort[start : start + self._limit])
+                rows = slice(first, first + len(part))
+                yield Chunk(rows, part, tuple(self._slots[i] for i in part))
+                first += len(part)
+
+    def _run(self, chunk: Chunk) -> _Result:
+        started = time.perf_counter()
+        trained = Interval(self._model, self._optimizer, chunk).train(self._stop_if_interrupted)
+        validation, probe = self._evaluate(chunk)
+        share = (time.perf_counter() - started) / len(chunk.slots)
+        values = tuple(
+            measured_values(
+                self.recipe,
+                validation[k],
+                None if probe is None else probe[k],
+                loss=trained.means[k],
+                lr=trained.lrs[k],
+                seconds=share,
+            )
+            for k in range(len(chunk.slots))
+        )
+        return _Result(chunk, trained.losses, values)
+
+    def _settle(self, result: _Result) -> dict[int, Outcome]:
+        key, outcomes, improved = self.recipe.objective.key, {}, []
+        for k, (index, slot) in enumerate(
+            zip(result.chunk.indices, result.chunk.slots, strict=True)
+        ):
+            values, losses = result.values[k], result.losses[:, k].tolist()
+            failure = failure_of(losses, slot.updates, key, values[key])
+            if slot.finish_interval(len(losses), values[key], minimize=self.recipe.minimize):
+                improved.append(self._rows[index])
+            outcomes[index] = Outcome(Measurement(slot.interval, values), failure)
+        if self.recipe.keeps_best:
+            self._stack.keep_best(improved)
+        return outcomes
+
+    @torch.no_grad()
+    def _evaluate(self, chunk: Chunk) -> tuple[list[Metrics], list[Metrics] | None]:
+        """Metrics of each slot on validation data, and on the training data's fixed part."""
+        recipe, split = self.recipe, chunk.slots[0].training.seeds.split
+        predict, probe = self._model.predictor(chunk.rows), recipe.probe(split)
+        data, stop = recipe.data(split, "validation"), self._stop_if_interrupted
+        made = predictions(predict, data, recipe, axis=1, stop=stop)
+        validation = measure_stack(recipe.program, *made)
+        if probe is None:
+            return validation, None
+        made = predictions(predict, probe, recipe, axis=1, stop=stop)
+        return validation, measure_stack(recipe.program, *made)
+
+    # -- what comes out -----------------------------------------------------------------------
+
+    def snapshot(self, index: int) -> Snapshot:
+        slot, row = self._slots[index], self._rows[index]
+        state, rest = self._optimizer.export(row, slot.updates)
+        parts = {"model": self._stack.read(row), "optimizer": state}
+        if self.recipe.keeps_best and slot.best_interval is not None:
+            parts["best"] = self._stack.read_best(row)
+        tensors = {f"{part}/{n}": t for part, named in parts.items() for n, t in named.items()}
+        return Snapshot(slot.interval, to_host(tensors), {**slot.meta, "rest": rest})
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        slot, row = self._slots[index], self._rows[index]
+        best = self.recipe.keeps_best and slot.best_interval is not None
+        tensors = self._stack.read_best(row) if best else self._stack.read(row)
+        return to_host({key: tensors[name] for key, name in self._model.state_names.items()})
+
+    def score(self, index: int) -> Scores:
+        return score(self.recipe, self.weights(index), self._slots[index].training.seeds.split)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, or the host, had too little memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+# -- fused or solo --------------------------------------------------------------------------------
+
+_TRIED_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Fusibility:
+    """Whether a program can be trained fused; `reason` is one line, also where it can."""
+
+    ok: bool
+    reason: str
+
+
+def fusible(recipe: Recipe) -> Fusibility:
+    """Try it: an update and an evaluation of two slots on a few examples, fused and solo.
+
+    Nothing is decided by name. Both must give the same losses, metrics and weights, in float64,
+    or in the recipe's precision where the model insists on it.
+    """
+    exact = replace(recipe, precision="float64").tiny(_TRIED_EXAMPLES)
+    trainings = _two_trainings(recipe)
+    try:
+        alone, tolerance = _train_solo(exact, trainings), 1e-6
+    except Exception:  # the model has a type of its own; what else is wrong shows below
+        exact, tolerance = recipe.tiny(_TRIED_EXAMPLES), 1e-2
+        alone = _train_solo(exact, trainings)
+    try:
+        fused = Fused(exact, len(trainings))
+        together = _train(fused, trainings)
+    except Exception as error:
+        return Fusibility(False, _one_line(error))
+    apart = max(_distance(a, b) for a, b in zip(alone, together, strict=True))
+    if not apart <= tolerance:
+        return Fusibility(False, f"one fused update differs from solo by {apart:.1e}")
+    condition = ", where trainings see the same batches" if fused.shares_batches else ""
+    return Fusibility(True, f"one fused update equals solo within {apart:.0e}{condition}")
+
+
+def _two_trainings(recipe: Recipe) -> list[Training]:
+    values = default_values(recipe.program.searched)
+    return [
+        Training(
+            id=k,
+            study_id=0,
+            kind=TrainingKind.REPLAY,
+            number=None,
+            label="trial of the trainer",
+            assignment=Assignment(
+                {site.path: 0.2 + 0.2 * k for site in recipe.sites}, recipe.program.lr, values
+            ),
+            seeds=Seeds(weights=k, data=k, split=0),
+            seed_index=None,
+            intervals=2,
+            attempt=1,
+            lease_epoch=1,
+        )
+        for k in range(2)
+    ]
+
+
+def _train_solo(recipe: Recipe, trainings: list[Training]) -> list[dict[str, Tensor]]:
+    return [_train(Solo(recipe), [training])[0] for training in trainings]
+
+
+def _train(trainer: Trainer, trainings: list[Training]) -> list[dict[str, Tensor]]:
+    """Everything that one interval leaves behind."""
+    for index, training in enumerate(trainings):
+        trainer.fill(index, training)
+    outcomes = trainer.train_interval()
+    left = []
+    for index, outcome in sorted(outcomes.items()):
+        values = {k: v for k, v in outcome.measurement.values.items() if k != "time/seconds"}
+        numbers = {key: torch.tensor(value) for key, value in values.items()}
+        left.append({**numbers, **trainer.snapshot(index).tensors})
+    return left
+
+
+def _distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest difference, relative to each tensor's largest number."""
+    if first.keys() != second.keys():
+        return math.inf
+    apart = 0.0
+    for key, a in first.items():
+        a, b = a.double(), second[key].double()
+        if a.numel():
+            scale = 1.0 + float(a.abs().max())
+            same = (a == b) | (a.isnan() & b.isnan())
+            difference = torch.where(same, 0.0, (a - b).abs().nan_to_num(math.inf))
+            apart = max(apart, float(difference.max()) / scale)
+    return apart
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+# -- the trainer of a worker ----------------------------------------------------------------------
+
+
+class Studied(Protocol):
+    """What a trainer needs to know of a study."""
+
+    @property
+    def spec(self) -> StudySpec: ...
+    @property
+    def storage(self) -> Remembers: ...
+    @property
+    def row(self) -> HasMeta: ...
+
+
+class HasMeta(Protocol):
+    @property
+    def meta(self) -> Mapping[str, Any]: ...
+
+
+class Remembers(Protocol):
+    def remember_width(self, device: str, fingerprint: str, width: Mapping[str, Any]) -> None: ...
+    def recall_width(self, device: str, fingerprint: str) -> dict[str, Any] | None: ...
+
+
+STREAMED_WIDTH = 4  # not measured where data are streamed
+
+
+def make_trainer(recipe: Recipe, study: Studied, width: int | None = None) -> Trainer:
+    """The trainer of a worker: fused where the study found that it can be.
+
+    `width` None: what the spec says, and for `auto` the fastest on this device, measured once
+    per device and code and remembered in SQL.
+    """
+    if study.row.meta["trainer"] == "solo":
+        return Solo(recipe)
+    asked = study.spec.training.width
+    if width is None and asked != "auto":
+        width = asked
+    return trainer_of(recipe, _best_width(recipe, study) if width is None else width)
+
+
+def trainer_of(recipe: Recipe, width: int) -> Trainer:
+    """Solo at width 1, fused above."""
+    return Solo(recipe) if width == 1 else Fused(recipe, width)
+
+
+def _best_width(recipe: Recipe, study: Studied) -> int:
+    most = widest(study.spec)
+    if recipe.feed(0).streamed:  # a measurement holds one batch; one load then serves all slots
+        return min(STREAMED_WIDTH, most)
+    device, code = _device_name(recipe.device), _code(recipe, study, most)
+    known = study.storage.recall_width(device, code)
+    if known is not None:
+        return WidthChoice.from_json(known).width
+    choice = choose_width(recipe, trainer_of, most=most)
+    study.storage.remember_width(device, code, choice.to_json())
+    log.info("width %d is the fastest here (%s)", choice.width, choice.ended)
+    return choice.width
+
+
+def widest(spec: StudySpec) -> int:
+    """The widest group that is useful to a study: a third of its trials.
+
+    What a sampler learns from a trial helps only trials that begin after it.
+    """
+    trials = spec.budget.trials
+    return WIDTHS[-1] if trials is None else min(max(trials // 3, 8), WIDTHS[-1])
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.processor() or platform.machine()} {os.cpu_count()} cores"
+
+
+def _code(recipe: Recipe, study: Studied, most: int) -> str:
+    """What a measured width depends on, beside the device."""
+    facts = {
+        "files": study.row.meta.get("fingerprint"),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "precision": recipe.precision,
+        "accumulate": recipe.accumulate,
+        "most": most,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,218 @@
+"""How many trainings to fuse on a device: the fastest width, found by a short measurement."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from droptune.program.program import default_values
+from droptune.trainers.recipe import Recipe
+from droptune.trainers.slot import Trainer
+from droptune.training import Assignment, Seeds, Training, TrainingKind
+
+WIDTHS = (1, 4, 16, 64, 256)
+UPDATES = 4  # in a measured interval
+REPEATS = 3
+SECONDS = 20.0  # after which no further width is tried
+GAIN = 0.95  # a wider group must take less than this share of the time of the best so far
+SHARE_OF_HOST = 0.25  # of the memory that is free may be used
+SHARE_OF_DEVICE = 0.85
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One width: seconds for one update of one training, and bytes that the group needed."""
+
+    width: int
+    seconds: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class WidthChoice:
+    """The fastest width and all that were tried; `ended` says why no wider one was."""
+
+    width: int
+    tried: tuple[Tried, ...]
+    ended: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tried": [asdict(tried) for tried in self.tried]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> WidthChoice:
+        tried = tuple(Tried(**each) for each in data["tried"])
+        return cls(int(data["width"]), tried, data["ended"])
+
+
+def choose_width(
+    recipe: Recipe,
+    make: Callable[[Recipe, int], Trainer],
+    *,
+    most: int = WIDTHS[-1],
+    memory: int | None = None,
+) -> WidthChoice:
+    """Measure 1 (solo), 4, 16, … up to `most`, then between and beside the best.
+
+    `make(recipe, width)` makes a trainer; `memory` bytes may be used (None: a share of what is
+    free now). Takes seconds. Width 1 is an answer like any other.
+    """
+    budget = free_memory(recipe.device) if memory is None else memory
+    measured = _Measured(recipe, make, budget)
+    for width in _ladder(most):
+        if not measured.goes_on(width):
+            break
+        measured.add(width)
+    best = measured.best().width
+    for width in (best // 2, best * 2):
+        if 1 < width <= most and measured.goes_on(width):
+            measured.add(width)
+    return WidthChoice(measured.best().width, tuple(measured.tried), measured.ended)
+
+
+def _ladder(most: int) -> list[int]:
+    below = [width for width in WIDTHS if width < most]
+    return [*below, most]
+
+
+class _Measured:
+    """The widths tried so far."""
+
+    def __init__(self, recipe: Recipe, make: Callable[[Recipe, int], Trainer], memory: int) -> None:
+        size = recipe.program.batch_size
+        self._recipe = recipe.tiny(2 * size, UPDATES)
+        self._make = make
+        self._memory = memory
+        self._started = time.perf_counter()
+        self._too_wide = math.inf
+        self.tried: list[Tried] = []
+        self.ended = "the widest that was asked for"
+
+    def best(self) -> Tried:
+        """The fastest; of almost equal ones the narrowest."""
+        best = self.tried[0]
+        for tried in sorted(self.tried, key=lambda each: each.width):
+            if tried.seconds < GAIN * best.seconds:
+                best = tried
+        return best
+
+    def goes_on(self, width: int) -> bool:
+        """Whether this width is worth trying, and can be."""
+        if any(each.width == width for each in self.tried) or width >= self._too_wide:
+            return False
+        if not self.tried:
+            return True
+        last = max(self.tried, key=lambda each: each.width)
+        if width > last.width and self._flat():
+            self.ended = f"width {last.width} was slower"
+        elif last.memory * width / last.width > self._memory:
+            self.ended = f"width {width} would need more than {self._memory / 2**30:.1f} GiB"
+        elif self._elapsed + (1 + REPEATS) * UPDATES * width * last.seconds > SECONDS:
+            self.ended = f"measuring more would take longer than {SECONDS:.0f} s"
+        else:
+            return True
+        return False
+
+    def _flat(self) -> bool:
+        """Whether the widest group was slower than the best, and fusing more no longer helped.
+
+        One fused width says little: fusing costs something once, and gains with every slot.
+        """
+        fused = sorted((t for t in self.tried if t.width > 1), key=lambda each: each.width)
+        if len(fused) < 2:
+            return False
+        before, last = fused[-2:]
+        slower = last.seconds > 1.1 * self.best().seconds
+        return slower and last.seconds > 0.9 * before.seconds
+
+    @property
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._started
+
+    def add(self, width: int) -> None:
+        try:
+            self.tried.append(_measure(self._recipe, self._make, width))
+        except (torch.OutOfMemoryError, MemoryError):
+            self._too_wide, self.ended = width, f"width {width} ran out of memory"
+        gc.collect()
+        if self._recipe.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(recipe: Recipe, make: Callable[[Recipe, int], Trainer], width: int) -> Tried:
+    before = _used(recipe.device, reset=True)
+    trainer = make(recipe, width)
+    for index, training in enumerate(_trainings(recipe, width)):
+        trainer.fill(index, training)
+    seconds = [_timed(trainer) for _ in range(1 + REPEATS)]
+    memory = max(_used(recipe.device) - before, 1)
+    return Tried(width, min(seconds[1:]) / width / UPDATES, memory)
+
+
+def _timed(trainer: Trainer) -> float:
+    started = time.perf_counter()
+    trainer.train_interval()  # ends with measurements on the host: nothing is left running
+    return time.perf_counter() - started
+
+
+def _trainings(recipe: Recipe, width: int) -> Sequence[Training]:
+    """Trainings as in a search: one data order, rates of their own."""
+    values = default_values(recipe.program.searched)
+    return [
+        Training(
+            id=number,
+            study_id=0,
+            kind=TrainingKind.REPLAY,
+            number=None,
+            label="width",
+            assignment=Assignment(
+                {site.path: 0.5 * number / width for site in recipe.sites},
+                recipe.program.lr,
+                values,
+            ),
+            seeds=Seeds(weights=number, data=0, split=0),
+            seed_index=None,
+            intervals=100,
+            attempt=1,
+            lease_epoch=1,
+        )
+        for number in range(width)
+    ]
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a group may use on this device: a share of what is free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * SHARE_OF_DEVICE)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+        return int(kilobytes * 1024 * SHARE_OF_HOST)
+    except (OSError, StopIteration):
+        return 4 * 2**30
+
+
+def _used(device: torch.device, *, reset: bool = False) -> int:
+    """Bytes in use: the device's peak since `reset`, or the process's resident memory."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+            return torch.cuda.memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

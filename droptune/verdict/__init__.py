@@ -1,0 +1,1 @@
+"""Is it real: which confirmations are trained, and what follows from them."""

@@ -1,0 +1,157 @@
+"""The verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from droptune.verdict.comparison import Comparison
+from droptune.verdict.confirmation import AT_WINNERS_LR, Member
+from droptune.verdict.evidence import Evidence
+from droptune.verdict.wording import (
+    UNITS,
+    amount,
+    better_word,
+    change,
+    difference,
+    interval,
+    learning_rate,
+    level,
+    metric_name,
+    worse_word,
+)
+
+Found = Mapping[str, Comparison]
+
+
+def headline(evidence: Evidence, outcome: str, found: Found) -> str:
+    """The answer in one sentence."""
+    first = found.get("none", found.get(AT_WINNERS_LR))
+    if first is None:
+        return "Nothing could be compared: no training without dropout ended well."
+    if outcome == "better":
+        return f"Dropout helps: {_by(evidence, first)} than without dropout{_fairly(first)}."
+    if outcome == "worse":
+        return f"Dropout hurts: even the best found has {_by(evidence, first)}{_than_none(first)}."
+    if outcome == "learning_rate":
+        twin = found[AT_WINNERS_LR]
+        return (
+            f"The gain is the learning rate's, not dropout's: {_by(evidence, first)} than without "
+            "dropout at its own learning rate, but no dropout at the winner's learning rate does "
+            f"as well (there dropout changes it by {_change(evidence, twin)})."
+        )
+    smallest = first.difference.detectable
+    return (
+        f"No detectable difference: dropout changes {first.data} "
+        f"{metric_name(evidence.objective.metric)} by {_change(evidence, first)}"
+        f"{_fairly(first)}; {difference(evidence.objective.metric, smallest, smallest)} would have "
+        "been seen."
+    )
+
+
+def _fairly(first: Comparison) -> str:
+    return (
+        ", each at its own best learning rate"
+        if first.against == "none"
+        else (", at the same learning rate")
+    )
+
+
+def _than_none(first: Comparison) -> str:
+    return f" than no dropout{_fairly(first)}"
+
+
+def _by(evidence: Evidence, one: Comparison) -> str:
+    """`test NLL 0.274 nats lower [0.251, 0.297]`; an interval of the size, without signs."""
+    metric, found = evidence.objective.metric, one.difference
+    better = found.mean > 0
+    word = _word(evidence, found.mean)
+    low, high = (found.low, found.high) if better else (-found.high, -found.low)
+    size = difference(metric, found.mean, (high - low) / 2)
+    return f"{one.data} {metric_name(metric)} {size} {word} {interval(metric, low, high)}"
+
+
+def _change(evidence: Evidence, one: Comparison) -> str:
+    """`−0.019 nats [−0.043, +0.004]`: what dropout does to the metric itself."""
+    found = one.difference
+    ends = sorted((evidence.sign * found.low, evidence.sign * found.high))
+    return change(evidence.objective.metric, evidence.sign * found.mean, *ends)
+
+
+def _word(evidence: Evidence, gain: float) -> str:
+    return better_word(evidence.objective) if gain > 0 else worse_word(evidence.objective)
+
+
+def winners_lr_sentence(evidence: Evidence, found: Found) -> str:
+    """The line that tells dropout's part from the learning rate's."""
+    own, twin = found.get("none"), found.get(AT_WINNERS_LR)
+    if twin is None or own is None:
+        return ""
+    metric = evidence.objective.metric
+    part = evidence.sign * (own.difference.mean - twin.difference.mean)
+    half = (twin.difference.high - twin.difference.low) / 2
+    return (
+        f"At the winner's learning rate ({learning_rate(twin.assignment.lr)}) dropout itself "
+        f"changes it by {_change(evidence, twin)}; that learning rate alone, without dropout, by "
+        f"{amount(metric, part, half, sign=True)}{UNITS.get(metric, '')}."
+    )
+
+
+def baseline_sentence(evidence: Evidence, one: Comparison) -> str:
+    """The winner against the author's rates, or against 0.5."""
+    whom = {"author": "the author's rates", "half": "0.5 everywhere"}.get(one.against, one.against)
+    if one.outcome == "better":
+        return f"Better than {whom}: {_by(evidence, one)}."
+    if one.outcome == "worse":
+        return f"Worse than {whom}: {_by(evidence, one)}."
+    smallest = one.difference.detectable
+    return (
+        f"Not told apart from {whom}: it changes {metric_name(evidence.objective.metric)} by "
+        f"{_change(evidence, one)}; "
+        f"{difference(evidence.objective.metric, smallest, smallest)} would have been seen."
+    )
+
+
+def scaling_sentence(evidence: Evidence, scaled: Comparison | None) -> str:
+    """What is left of the difference after temperature scaling."""
+    if scaled is None:
+        return ""
+    left = {
+        "better": "dropout still helps",
+        "worse": "dropout hurts",
+        "undetected": "no difference is detected",
+    }[scaled.outcome]
+    return f"After temperature scaling of both, {left}: it changes by {_change(evidence, scaled)}."
+
+
+def provisional_headline(evidence: Evidence, winner: Member | None, none: Member | None) -> str:
+    """What the search alone says, labelled as unconfirmed."""
+    if winner is None or winner.promised is None:
+        return "NOT CONFIRMED: no trial with dropout has ended yet."
+    metric = evidence.objective.metric
+    best = f"NOT CONFIRMED: the best trial with dropout has {metric_name(metric)} "
+    best += level(metric, winner.promised)
+    if none is None or none.promised is None:
+        return f"{best}; no trial without dropout has ended yet."
+    lead = evidence.sign * (winner.promised - none.promised)
+    size = difference(metric, lead, abs(lead) / 3)
+    return (
+        f"{best}, {size} {_word(evidence, lead)} than the best without dropout "
+        f"({level(metric, none.promised)}); one training each, so chance is not excluded."
+    )
+
+
+def recommendation_reason(evidence: Evidence, choice: str, outcome: str) -> str:
+    """Why these rates."""
+    if choice == "author":
+        return "the author's rates beat the best that was found"
+    if choice == "none":
+        return (
+            "no dropout is better"
+            if outcome == "worse"
+            else "no dropout does as well, and costs nothing"
+        )
+    if outcome == "undetected":
+        return "the best guess: it leads, but the lead is not proven"
+    if outcome == "none":
+        return "the best of the search, not confirmed"
+    return "the smallest rates within one standard error of the best, confirmed on fresh seeds"

@@ -1,0 +1,314 @@
+"""The verdict: does dropout matter here, which rates, and how sure can one be.
+
+better         the winner beats no dropout, also at the winner's own learning rate
+learning_rate  it beats no dropout at that one's own learning rate, but not at the winner's
+undetected     no difference was detected
+worse          no dropout is better than the best dropout found
+none           nothing could be compared
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from droptune.training import Assignment, Record, State
+from droptune.verdict.comparison import Comparison, ablations, after_scaling, compare
+from droptune.verdict.confirmation import (
+    AT_WINNERS_LR,
+    Member,
+    Plan,
+    best_baselines,
+    front_runners,
+    pairs,
+    plan,
+)
+from droptune.verdict.evidence import Evidence, key
+from droptune.verdict.findings import (
+    Calibration,
+    DropoutCost,
+    Interaction,
+    Overfitting,
+    SiteFinding,
+    calibration,
+    dropout_cost,
+    edge_warnings,
+    lr_interaction,
+    overfitting,
+    site_findings,
+)
+from droptune.verdict.sentences import (
+    baseline_sentence,
+    headline,
+    provisional_headline,
+    recommendation_reason,
+    scaling_sentence,
+    winners_lr_sentence,
+)
+from droptune.verdict.statistics import Curse, winners_curse
+from droptune.verdict.surface import Surface
+from droptune.verdict.weakness import hints
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to use: the `winner`, `none`, or the `author`'s rates; and why."""
+
+    choice: str
+    assignment: Assignment
+    trial: int | None
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "assignment": self.assignment.to_json()}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of a study; `to_json` is plain JSON.
+
+    `sentence` is the answer in one sentence, `second` tells dropout's part from the learning
+    rate's, `details` are the other comparisons. All differences are turned so that positive means
+    that the winner is better.
+    """
+
+    study: str
+    confirmed: bool
+    outcome: str
+    sentence: str
+    second: str
+    details: tuple[str, ...]
+    objective: Mapping[str, Any]
+    winner: Member | None
+    comparisons: tuple[Comparison, ...]
+    recommended: Recommendation | None
+    sites: tuple[SiteFinding, ...]
+    importance: Mapping[str, float]
+    overfitting: Overfitting | None
+    curse: Curse | None
+    interaction: Interaction | None
+    cost: DropoutCost | None
+    calibration: tuple[Calibration, ...]
+    after_scaling: Comparison | None
+    ablation: tuple[Comparison, ...]
+    warnings: tuple[str, ...]
+    hints: tuple[str, ...]
+    counts: Mapping[str, int]
+    plan: str
+
+    def comparison(self, against: str) -> Comparison | None:
+        """The comparison with a baseline, if there is one."""
+        return next((one for one in self.comparisons if one.against == against), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: _json(value) for name, value in vars(self).items()}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Member):
+        return {**vars(value), "assignment": value.assignment.to_json()}
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return [_json(one) for one in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """The verdict on what is known now; provisional until every comparison is decided."""
+    planned = plan(evidence)
+    surface = Surface.of(evidence)
+    compared = compare(evidence, planned)
+    confirmed = planned.decided and any(one.difference.seeds > 1 for one in compared)
+    winner = planned.winner or _leading(evidence)
+    outcome = _outcome(compared) if confirmed else "none"
+    recommended = _recommend(evidence, planned, compared, winner, outcome)
+    found = recommended.assignment if recommended else None
+    slices = surface.slices(winner.assignment) if surface and winner else ()
+    sites = site_findings(evidence, slices, found, winner.assignment) if found and winner else ()
+    ours, theirs = _trained(evidence, planned)
+    scaled = after_scaling(evidence, planned)
+    return Verdict(
+        study=evidence.spec.name,
+        confirmed=confirmed,
+        outcome=outcome,
+        sentence=_sentence(evidence, outcome, compared, winner, confirmed=confirmed),
+        second=_second(evidence, compared) if confirmed else "",
+        details=_details(evidence, compared, scaled) if confirmed else (),
+        objective=_objective(evidence, compared),
+        winner=winner,
+        comparisons=compared,
+        recommended=recommended,
+        sites=sites,
+        importance={one.input.name: one.importance for one in slices},
+        overfitting=overfitting(evidence, planned),
+        curse=_curse(evidence, winner, ours),
+        interaction=lr_interaction(surface, slices, winner.assignment) if winner else None,
+        cost=dropout_cost(ours, theirs),
+        calibration=_calibrations(evidence, planned),
+        after_scaling=scaled,
+        ablation=ablations(evidence, planned),
+        warnings=edge_warnings(evidence, sites, winner.assignment) if winner else (),
+        hints=hints(evidence, planned, compared),
+        counts=_counts(evidence),
+        plan=planned.reason,
+    )
+
+
+def _outcome(compared: Sequence[Comparison]) -> str:
+    """Better only if better at the winner's lr, too: where both must hold, neither is corrected."""
+    found = {one.against: one for one in compared}
+    own, twin = found.get("none"), found.get(AT_WINNERS_LR)
+    first = own or twin
+    if first is None:
+        return "none"
+    if first.outcome == "better" and twin is not None and twin.outcome != "better":
+        return "learning_rate"
+    return first.outcome
+
+
+def _leading(evidence: Evidence) -> Member | None:
+    front = front_runners(evidence, 1)
+    return front[0] if front else None
+
+
+def _sentence(
+    evidence: Evidence,
+    outcome: str,
+    compared: Sequence[Comparison],
+    winner: Member | None,
+    *,
+    confirmed: bool,
+) -> str:
+    if confirmed:
+        return headline(evidence, outcome, {one.against: one for one in compared})
+    none = next((m for m in best_baselines(evidence) if m.label == "none"), None)
+    return provisional_headline(evidence, winner, none)
+
+
+def _second(evidence: Evidence, compared: Sequence[Comparison]) -> str:
+    return winners_lr_sentence(evidence, {one.against: one for one in compared})
+
+
+def _details(
+    evidence: Evidence, compared: Sequence[Comparison], scaled: Comparison | None
+) -> tuple[str, ...]:
+    found = {one.against: one for one in compared}
+    others = [baseline_sentence(evidence, found[k]) for k in ("author", "half") if k in found]
+    said = [*others, scaling_sentence(evidence, scaled)]
+    return tuple(sentence for sentence in said if sentence)
+
+
+def _objective(evidence: Evidence, compared: Sequence[Comparison]) -> dict[str, Any]:
+    objective = evidence.objective
+    return {
+        "metric": objective.metric,
+        "take": objective.take,
+        "direction": objective.direction,
+        "intervals": evidence.intervals,
+        "data": compared[0].data if compared else "validation",
+    }
+
+
+def _recommend(
+    evidence: Evidence,
+    planned: Plan,
+    compared: Sequence[Comparison],
+    winner: Member | None,
+    outcome: str,
+) -> Recommendation | None:
+    """The winner where it is better, or leads by more than one standard error; else no dropout.
+
+    The author's rates where those beat the winner. The simpler of two that cannot be told apart
+    is the rule of one standard error (Breiman et al. 1984).
+    """
+    if winner is None:
+        return None
+    members = {member.label: member for member in planned.compared}
+    found = {one.against: one for one in compared}
+    author = found.get("author")
+    if author is not None and author.outcome == "worse":
+        choice, member = "author", members["author"]
+    elif outcome in ("better", "none") or (outcome == "undetected" and _leads(found)):
+        choice, member = "winner", winner
+    else:
+        choice, member = "none", _better_none(found, members)
+    reason = recommendation_reason(evidence, choice, outcome)
+    return Recommendation(choice, member.assignment, member.trial, reason)
+
+
+def _leads(found: Mapping[str, Comparison]) -> bool:
+    """Whether the winner is more than one standard error above every no dropout."""
+    rivals = [found[label].difference for label in ("none", AT_WINNERS_LR) if label in found]
+    return all(rival.mean > rival.error for rival in rivals)
+
+
+def _better_none(found: Mapping[str, Comparison], members: Mapping[str, Member]) -> Member:
+    labels = [label for label in ("none", AT_WINNERS_LR) if label in found]
+    return members[min(labels, key=lambda label: found[label].difference.mean)]
+
+
+def _trained(evidence: Evidence, planned: Plan) -> tuple[list[Record], list[Record]]:
+    """Verdict trainings of the winner and of no dropout on their common seeds."""
+    none = [m for m in planned.compared if m.label in ("none", AT_WINNERS_LR)]
+    if planned.winner is None or not none or planned.design is None:
+        return [], []
+    _, ours, theirs = pairs(evidence, planned.winner, none[0], planned.design.schedule[-1])
+    return ours, theirs
+
+
+def _curse(evidence: Evidence, winner: Member | None, ours: Sequence[Record]) -> Curse | None:
+    if winner is None or winner.promised is None or not ours:
+        return None
+    values = np.array([record.value for record in ours], dtype=np.float64)
+    return winners_curse(winner.promised, values, str(evidence.objective.direction))
+
+
+def _calibrations(evidence: Evidence, planned: Plan) -> tuple[Calibration, ...]:
+    if not planned.decided or planned.winner is None:
+        return ()
+    members = [("winner", planned.winner), *((m.label, m) for m in planned.compared)]
+    seeds = range(evidence.spec.confirm.max_seeds)
+    found = [
+        calibration(evidence, label, list(evidence.confirmed(member.assignment, seeds).values()))
+        for label, member in members
+    ]
+    return tuple(one for one in found if one is not None)
+
+
+def _counts(evidence: Evidence) -> dict[str, int]:
+    trials = [r for r in evidence.records if r.training.kind.is_trial]
+    others = [r for r in evidence.records if not r.training.kind.is_trial]
+    return {
+        "trials": len(trials),
+        "completed": sum(1 for r in trials if r.state is State.COMPLETE),
+        "pruned": sum(1 for r in trials if r.state is State.PRUNED),
+        "failed": sum(1 for r in trials if r.state is State.FAIL),
+        "confirmations": sum(1 for r in others if r.state.finished),
+        "distinct": len({key(r.training.assignment) for r in trials if r.training.assignment}),
+        "intervals": sum(r.intervals_done for r in evidence.records),
+    }
+
+
+def members(evidence: Evidence, verdict: Verdict) -> dict[str, list[Record]]:
+    """The trainings of the winner and of what it is compared with; single trials before that."""
+    found: dict[str, list[Record]] = {}
+    assignments: dict[str, Assignment] = {}
+    if verdict.winner is not None:
+        assignments["winner"] = verdict.winner.assignment
+    assignments |= {one.against: one.assignment for one in verdict.comparisons}
+    seeds = range(evidence.spec.confirm.max_seeds)
+    for label, assignment in assignments.items():
+        records = list(evidence.confirmed(assignment, seeds).values())
+        if records:
+            found[label] = records
+    if len(found) > 1:
+        return found
+    numbers = {m.label: m.trial for m in best_baselines(evidence)}
+    if verdict.winner is not None:
+        numbers = {"winner": verdict.winner.trial, **numbers}
+    by_number = {record.training.number: record for record in evidence.trials}
+    return {label: [by_number[n]] for label, n in numbers.items() if n in by_number}

@@ -1,0 +1,186 @@
+"""Why a study may have been too weak to tell, and what would make it stronger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from droptune.training import Record, State, TrainingKind
+from droptune.verdict.comparison import Comparison
+from droptune.verdict.confirmation import AT_WINNERS_LR, Plan, pairs
+from droptune.verdict.evidence import Evidence, assigned, usable
+from droptune.verdict.findings import mean_curve, values_at_objective
+from droptune.verdict.statistics import binomial_error, paired
+from droptune.verdict.wording import difference, metric_name
+
+COUNTED = ("accuracy", "error")  # metrics that are shares of examples
+COARSE = (*COUNTED, "precision", "recall", "f1")  # metrics that see only right or wrong
+TELLS_MORE = ("nll", "brier", "mse")  # metrics that see more than right or wrong
+
+
+def hints(evidence: Evidence, plan: Plan, compared: Sequence[Comparison]) -> tuple[str, ...]:
+    """What limits this study, most important first; empty where nothing does."""
+    return (
+        *_not_confirmed(plan),
+        *_validation_too_small(evidence, compared),
+        *_metric_cannot_tell(evidence, plan, compared),
+        *_too_few_seeds(evidence, compared),
+        *_budget_too_short(evidence, plan),
+        *_no_test_set(evidence, plan, compared),
+        *_failures(evidence),
+        *_small_search(evidence),
+    )
+
+
+def _not_confirmed(plan: Plan) -> Iterator[str]:
+    if not plan.decided:
+        yield f"confirmation is not finished: {plan.reason}"
+    elif plan.winner is None:
+        yield f"nothing was confirmed: {plan.reason}"
+
+
+def _primary(compared: Sequence[Comparison]) -> Comparison | None:
+    found = {one.against: one for one in compared}
+    return found.get("none", found.get(AT_WINNERS_LR))
+
+
+def _validation_too_small(evidence: Evidence, compared: Sequence[Comparison]) -> Iterator[str]:
+    metric, size = evidence.objective.metric, evidence.sizes.get("validation")
+    values = [r.value for r in evidence.trials if r.value is not None]
+    if metric not in COUNTED or not size or not values:
+        return
+    best = max(values) if evidence.sign > 0 else min(values)
+    error = binomial_error(best, size)
+    spread = float(np.subtract(*np.percentile(values, [75, 25])))
+    if math.sqrt(2) * error > spread / 2:
+        yield (
+            f"{size} validation examples measure {metric} to ± {100 * error:.2f} points (one "
+            f"standard error), while half of all trials lie within {100 * spread:.2f} points: "
+            "the search hardly sees which is better; use a larger validation set or objective nll"
+        )
+
+
+def _metric_cannot_tell(
+    evidence: Evidence, plan: Plan, compared: Sequence[Comparison]
+) -> Iterator[str]:
+    first = _primary(compared)
+    if first is None or first.outcome != "undetected" or plan.winner is None:
+        return
+    if evidence.objective.metric not in COARSE:
+        return
+    other = next((m for m in plan.compared if m.label == first.against), None)
+    if other is None:
+        return
+    _, ours, theirs = pairs(evidence, plan.winner, other, evidence.spec.confirm.max_seeds)
+    for metric in TELLS_MORE:
+        a = values_at_objective(ours, f"val/{metric}")
+        b = values_at_objective(theirs, f"val/{metric}")
+        if metric == evidence.objective.metric or len(a) < 2 or len(a) != len(b):
+            continue
+        seen = paired(np.array(b) - np.array(a))
+        if seen.outcome == "undetected":
+            continue
+        direction = "lower" if seen.mean > 0 else "higher"
+        yield (
+            f"{metric_name(evidence.objective.metric)} cannot tell, but validation "
+            f"{metric_name(metric)} can: it is "
+            f"{difference(metric, seen.mean, seen.high - seen.mean)} {direction} with dropout on "
+            f"the same trainings; if probabilities matter to you, take objective {metric}"
+        )
+        return
+
+
+def _too_few_seeds(evidence: Evidence, compared: Sequence[Comparison]) -> Iterator[str]:
+    first = _primary(compared)
+    if first is None or first.outcome != "undetected":
+        return
+    found = first.difference
+    metric = evidence.objective.metric
+    if found.example_error > found.seed_error:
+        yield (
+            f"the {found.examples} test examples limit the comparison more than the "
+            f"{found.seeds} seeds do: a larger test set would help, more seeds would not"
+        )
+    elif first.stopped in ("budget", "seeds") and abs(found.mean) > found.error:
+        needed = _seeds_for(abs(found.mean), found.seed_error * math.sqrt(found.seeds))
+        yield (
+            f"a true difference of {difference(metric, found.mean, found.error)}, as seen, would "
+            f"need about {needed} seeds: raise confirm.max_seeds (or confirm.share) and run "
+            "`droptune study confirm` again"
+        )
+
+
+def _seeds_for(effect: float, deviation: float) -> int:
+    """Seeds that show an effect with 80 % power (normal approximation plus two)."""
+    return math.ceil(((1.96 + 0.84) * deviation / effect) ** 2) + 2
+
+
+def _budget_too_short(evidence: Evidence, plan: Plan) -> Iterator[str]:
+    records = _winners(evidence, plan)
+    curves = [
+        r.curves[evidence.objective.key] for r in records if evidence.objective.key in r.curves
+    ]
+    if not curves or min(len(curve) for curve in curves) < 8:
+        return
+    curve = evidence.sign * mean_curve(curves)
+    n = len(curve)
+    tail = curve[-max(n // 5, 3) :]
+    earlier = curve[-2 * len(tail) : -len(tail)]
+    gained = float(tail.mean() - earlier.mean())
+    spread = float(np.std(np.diff(curve[n // 2 :])))
+    if gained > max(spread, 1e-12) and gained > 0.05 * float(curve.max() - curve[0]):
+        yield (
+            f"the winner was still improving after {n} intervals: longer training may be better "
+            "and may ask for more dropout; the rates hold for this length only"
+        )
+
+
+def _winners(evidence: Evidence, plan: Plan) -> list[Record]:
+    if plan.winner is not None:
+        seeds = range(evidence.spec.confirm.max_seeds)
+        confirmed = list(evidence.confirmed(plan.winner.assignment, seeds).values())
+        if confirmed:
+            return confirmed
+    return [max(evidence.trials, key=evidence.benefit)] if evidence.trials else []
+
+
+def _no_test_set(evidence: Evidence, plan: Plan, compared: Sequence[Comparison]) -> Iterator[str]:
+    if not plan.decided or not any(one.data == "validation" for one in compared):
+        return
+    why = "there is no test set" if not evidence.sizes.get("test") else "no test scores are stored"
+    yield (
+        f"{why}: the intervals are from the validation set that the search has used, hence "
+        "optimistic"
+        + ("" if evidence.spec.confirm.fresh_splits else "; confirm.fresh_splits would help")
+    )
+
+
+def _failures(evidence: Evidence) -> Iterator[str]:
+    confirmations = [r for r in evidence.records if r.training.kind is TrainingKind.CONFIRMATION]
+    failed = [r for r in confirmations if r.state.finished and not usable(r)]
+    if failed:
+        labels = sorted({r.training.label for r in failed})
+        yield (
+            f"{len(failed)} of {len(confirmations)} confirmations failed "
+            f"({', '.join(labels)}: {failed[0].reason or 'no finite objective'}); their pairs "
+            "are left out"
+        )
+
+
+def _small_search(evidence: Evidence) -> Iterator[str]:
+    finished = [r for r in evidence.records if r.training.kind.is_trial and r.state.finished]
+    failed = sum(1 for r in finished if r.state is State.FAIL)
+    searched = {
+        site.path
+        for site in evidence.sites
+        if len({assigned(r).rates.get(site.path) for r in evidence.trials}) > 1
+    }
+    if failed * 5 > len(finished):
+        yield f"{failed} of {len(finished)} trials failed: the range of lr may reach too high"
+    if evidence.trials and len(evidence.trials) < 5 * (len(searched) + 1):
+        yield (
+            f"{len(evidence.trials)} completed trials are few for {len(searched)} rates and an "
+            "lr: more trials, or groups of sites that share a rate, would find better ones"
+        )

@@ -1,0 +1,90 @@
+"""How figures are said: units, signs and digits."""
+
+from __future__ import annotations
+
+import math
+
+from droptune.spec.objective import Objective
+
+PERCENT = ("accuracy", "error", "precision", "recall", "f1", "ece")
+NAMES = {
+    "nll": "NLL",
+    "mse": "MSE",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "ece": "ECE",
+    "brier": "Brier score",
+    "f1": "F1",
+    "gap": "generalisation gap",
+    "seconds": "time per interval",
+}
+UNITS = {"nll": " nats", "seconds": " s", **dict.fromkeys(PERCENT, " points")}
+
+
+def metric_name(metric: str) -> str:
+    """A metric as people write it: `NLL`, `accuracy`, `RMSE`."""
+    return NAMES.get(metric, metric)
+
+
+def better_word(objective: Objective) -> str:
+    return "higher" if objective.direction == "maximize" else "lower"
+
+
+def worse_word(objective: Objective) -> str:
+    return "lower" if objective.direction == "maximize" else "higher"
+
+
+def amount(metric: str, value: float, scale: float, *, sign: bool = False) -> str:
+    """A difference with as many digits as its uncertainty `scale` leaves, without a unit."""
+    factor = 100.0 if metric in PERCENT else 1.0
+    return _fixed(value * factor, scale * factor, sign=sign)
+
+
+def difference(metric: str, value: float, scale: float) -> str:
+    """A difference without a sign and with its unit: `0.274 nats`, `1.2 points`."""
+    return amount(metric, abs(value), scale) + UNITS.get(metric, "")
+
+
+def interval(metric: str, low: float, high: float, *, sign: bool = False) -> str:
+    """`[0.251, 0.297]`, in the digits that its width leaves."""
+    scale = (high - low) / 2
+    if not math.isfinite(scale):
+        return "[no interval from one seed]"
+    return f"[{amount(metric, low, scale, sign=sign)}, {amount(metric, high, scale, sign=sign)}]"
+
+
+def change(metric: str, value: float, low: float, high: float) -> str:
+    """`−0.019 nats [−0.043, +0.004]`: how a metric itself changes."""
+    size = amount(metric, value, (high - low) / 2, sign=True) + UNITS.get(metric, "")
+    return f"{size} {interval(metric, low, high, sign=True)}"
+
+
+def level(metric: str, value: float) -> str:
+    """A value of a metric in three digits: `84.1 %`, `0.481`."""
+    if not math.isfinite(value):
+        return "–"
+    if metric in PERCENT:
+        return f"{100 * value:.1f} %"
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".") if 1e-3 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+def rate(value: float) -> str:
+    """A rate: `0`, `0.35`, `0.005`."""
+    if value < 0.1:
+        return f"{value:.2g}"
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def learning_rate(value: float) -> str:
+    return f"{value:.2g}"
+
+
+def _fixed(value: float, scale: float, *, sign: bool) -> str:
+    digits = 3
+    if 0 < scale < math.inf:
+        digits = min(max(1 - math.floor(math.log10(scale)), 0), 6)
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    zero = text.strip("+-0.") == ""
+    return text.lstrip("+-") if zero else text.replace("-", "−")

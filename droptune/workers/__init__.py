@@ -1,0 +1,1 @@
+"""The process that claims, trains and reports, and the one training loop."""

@@ -1,0 +1,235 @@
+"""The database goes away and comes back: nothing is lost, nothing is doubled."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+import pytest
+import sqlalchemy as sa
+from databases import own_postgresql
+from test_storage import ASSIGNMENT, PARAMS, baselines, confirmations, create
+from test_storage_many import check_complete, work
+
+from droptune.errors import StorageError, WorkRemainsError
+from droptune.storage import Budget, Storage
+from droptune.training import Measurement, State
+
+processes = multiprocessing.get_context("forkserver")
+
+
+# -- a commit whose reply is lost ---------------------------------------------------------------
+
+
+@contextmanager
+def losing_replies(storage):
+    """Each first commit of a transaction succeeds, and its reply never arrives."""
+    lost = set()
+
+    def commit_and_lose(connection):
+        caller = threading.get_ident()
+        if caller in lost:
+            lost.discard(caller)
+            return
+        lost.add(caller)
+        connection.connection.dbapi_connection.commit()
+        cause = ConnectionResetError("reset by peer")
+        raise sa.exc.OperationalError("COMMIT", {}, cause, connection_invalidated=True)
+
+    writing = storage.database._writing
+    sa.event.listen(writing, "commit", commit_and_lose)
+    storage.patience = 30.0
+    yield
+    sa.event.remove(writing, "commit", commit_and_lose)
+
+
+def scenario(storage):
+    """Every write that there is; returns all that they answer and all that is kept."""
+    said = []
+    say = said.append
+    queue = [*baselines("none"), *confirmations(0)]
+    study = create(storage, queue=queue, params=[PARAMS, None], budget=Budget(trials=4))
+    worker = storage.register_worker(host="h", pid=1, device="cpu")
+    say(storage.enqueue(study.id, [*confirmations(0, 1), *baselines("half")]))
+    group = storage.claim(study.id, worker, 6)
+    say([t.name for t in group])
+    new = [t for t in group if t.assignment is None]
+    say(storage.assign(new, [ASSIGNMENT] * len(new), [PARAMS] * len(new)))
+    for i in (1, 2):
+        items = [(t, Measurement(i, {"val/nll": i + t.id / 9})) for t in group]
+        say(storage.record(items, ["val/nll"]))
+    say(storage.finish(group[0], State.COMPLETE, values=[0.5], best_interval=2))
+    say(storage.finish(group[2], State.PRUNED))
+    say(storage.restart(group[1]))
+    storage.release(group[3:5])
+    say(storage.beat(worker, [group[5].id], device_seconds={study.id: 3.0}))
+    storage.database.present_seconds = lambda connection: 1e9
+    say([t.id for t in storage.claim(study.id, worker, 1)])
+    say(storage.update_study(study.id, phase="confirming", if_phase="searching"))
+    say(storage.put_score(group[0].id, "test", "nll", b"1"))
+    storage.put_blob("b", b"12")
+    storage.put_verdict(study.id, {"a": 1})
+    storage.remember_width("d", "f", {"width": 2})
+    say(storage.acquire_mirror_lease(study.id, "o", 60))
+    storage.put_mirror_link(study.id, group[0].id, {"run_id": "r"})
+    storage.end_worker(worker)
+    say([(r.training, r.state, r.curves, r.values) for r in storage.records(study.id)])
+    say(storage.progress(study.id))
+    say((storage.get_blob("b"), storage.get_verdict(study.id), len(storage.list_workers())))
+    say(len(create(storage, "second").name))
+    say(storage.delete_study("second"))
+    return said
+
+
+def test_every_write_survives_the_loss_of_its_reply(new_url):
+    undisturbed = scenario(Storage.open(new_url(), create=True))
+    storage = Storage.open(new_url(), create=True)
+    with losing_replies(storage):
+        assert scenario(storage) == undisturbed
+
+
+# -- a network that is cut ----------------------------------------------------------------------
+
+
+class Proxy:
+    """Forwards TCP connections to a server, until it is cut."""
+
+    def __init__(self, host, port):
+        self.target = (host, port)
+        self.open = []
+        self.up = True
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                if not self.up:
+                    client.close()
+                    continue
+                server = socket.create_connection(self.target)
+                self.open += [client, server]
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._forward, args=pair, daemon=True).start()
+
+    def _forward(self, source, target):
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        self.up = False
+        for end in self.open:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self.open.clear()
+
+    def close(self):
+        self.cut()
+        self.listener.close()
+
+
+@pytest.fixture
+def proxy(url):
+    address = sa.make_url(url)
+    if not address.host:
+        pytest.skip("this server listens on a socket file only")
+    made = Proxy(
+        address.host, address.port or {"mysql": 3306}.get(address.get_backend_name(), 5432)
+    )
+    made.url = address.set(host="127.0.0.1", port=made.port).render_as_string(hide_password=False)
+    yield made
+    made.close()
+
+
+@pytest.mark.databases("postgresql", "mysql")
+def test_workers_go_on_when_the_network_is_cut_again_and_again(storage, proxy):
+    count = 30
+    study = create(storage, intervals=3, budget=Budget(trials=count))
+    crew = [processes.Process(target=work, args=(proxy.url, study.name, 2, 0.01)) for _ in range(3)]
+    for process in crew:
+        process.start()
+    for _ in range(6):
+        time.sleep(0.4)
+        proxy.cut()
+        time.sleep(0.15)
+        proxy.up = True
+    for process in crew:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    check_complete(storage, study, count)
+
+
+@pytest.mark.databases("postgresql", "mysql")
+def test_patience_ends_with_work_remaining(proxy):
+    storage = Storage.open(proxy.url, patience=0.5)
+    proxy.cut()
+    with pytest.raises(WorkRemainsError, match="cannot be reached") as ended:
+        storage.studies()
+    assert "\n" not in str(ended.value)
+    assert storage.away.is_set()
+    storage.patience = 0.0
+    with pytest.raises(StorageError, match="cannot be reached"):
+        storage.studies()
+    proxy.up = True
+    assert storage.studies() == []
+    assert not storage.away.is_set()
+
+
+@pytest.mark.databases("postgresql", "mysql")
+def test_patience_may_end_while_waiting(proxy):
+    storage = Storage.open(proxy.url, patience=600.0)
+    proxy.cut()
+    threading.Timer(0.3, lambda: setattr(storage, "patience", 0.1)).start()
+    with pytest.raises(WorkRemainsError):
+        storage.studies()
+
+
+@pytest.mark.databases("postgresql", "mysql")
+def test_a_worker_may_start_before_its_database(proxy):
+    proxy.cut()
+    threading.Timer(0.5, lambda: setattr(proxy, "up", True)).start()
+    assert Storage.open(proxy.url, patience=30.0).studies() == []
+
+
+# -- a server that dies -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mortal():
+    """A PostgreSQL server that only this test uses."""
+    with own_postgresql() as server:
+        yield server
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "stopped"])
+def test_a_postgresql_that_dies_under_load_loses_nothing(mortal, end):
+    address = sa.make_url(mortal.get_uri()).set(drivername="postgresql+psycopg")
+    url = address.render_as_string(hide_password=False)
+    storage = Storage.open(url, create=True, patience=60.0)
+    count = 40
+    study = create(storage, intervals=3, budget=Budget(trials=count))
+    crew = [processes.Process(target=work, args=(url, study.name, 2, 0.02)) for _ in range(4)]
+    for process in crew:
+        process.start()
+    while storage.studies()[0].trials[State.COMPLETE] < 5:
+        time.sleep(0.02)
+    os.kill(mortal.get_pid(), end)
+    time.sleep(1.0)
+    for left in ("postmaster.pid", ".s.PGSQL.5432.lock", ".s.PGSQL.5432"):
+        (mortal.pgdata / left).unlink(missing_ok=True)  # its process may not be reaped
+    mortal.ensure_postgres_running()
+    for process in crew:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    check_complete(storage, study, count)

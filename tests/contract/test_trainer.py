@@ -1,0 +1,648 @@
+"""A training's results do not depend on the trainer, its width, the slot or the neighbours."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from droptune.program.data import InMemory, Streamed
+from droptune.program.program import Program, adapt, classification
+from droptune.sites.installed import find_program_sites
+from droptune.spec.objective import Objective
+from droptune.trainers.checkpoint import CheckpointStore
+from droptune.trainers.fused import Fused, fusible, is_out_of_memory
+from droptune.trainers.recipe import Recipe
+from droptune.trainers.slot import Interrupted, Outcome, Snapshot, Trainer
+from droptune.trainers.solo import Solo
+from droptune.training import Assignment, Seeds, Training, TrainingKind
+
+TOLERANCE = 1e-9
+INTERVALS = 4
+CLASSES = 3
+
+
+# -- programs -------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Linear(6, 16),
+            nn.BatchNorm1d(16),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Linear(16, 8),
+            nn.SELU(),
+            nn.AlphaDropout(0.1),
+            nn.Linear(8, CLASSES),
+        )
+
+
+class Cnn(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Dropout2d(0.25),
+            nn.Conv2d(4, 4, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(16, CLASSES),
+        )
+
+
+class DropPath(nn.Module):
+    """Stochastic depth as timm writes it."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        keep = 1 - self.drop_prob
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * mask / keep
+
+
+class Block(nn.Module):
+    def __init__(self, drop: float) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
+        self.norm_1, self.norm_2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.path = DropPath(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.norm_1(self.first(x)))
+        return functional.relu(x + self.path(self.norm_2(self.second(y))))
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.blocks = nn.Sequential(Block(0.1), Block(0.2))
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Encoder(nn.Module):
+    """Token ids, 0 is padding; the embedding is tied to a second use of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.tied = nn.Linear(8, 11, bias=False)
+        self.tied.weight = self.embed.weight
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(11, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        padding = ids == 0
+        hidden = self.encoder(self.embed(ids), src_key_padding_mask=padding)
+        hidden = hidden.masked_fill(padding.unsqueeze(-1), 0.0)
+        return self.head(self.tied(hidden.mean(1)))
+
+
+def _labels(n: int) -> Tensor:
+    return torch.arange(n) % CLASSES
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+def _tokens(n: int, length: int = 5) -> Tensor:
+    ids = torch.randint(1, 11, (n, length), generator=torch.Generator().manual_seed(7))
+    ids[::3, -2:] = 0
+    return ids
+
+
+def _classify(model, inputs, n: int = 22, **more) -> Program:
+    batch = {**inputs, "labels": _labels(n)} if isinstance(inputs, dict) else (inputs, _labels(n))
+    options = {"batch_size": 8, "epochs": INTERVALS, "lr": 0.02, "test": False, **more}
+    return classification(model=model, train=batch, **options)
+
+
+def _bert() -> Program:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=8, num_labels=CLASSES,
+    )  # fmt: skip
+    ids = _tokens(12)
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    return _classify(lambda: transformers.BertForSequenceClassification(config), inputs, 12)
+
+
+def _gpt2() -> Program:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=11, n_embd=8, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    ids = _tokens(12)
+
+    class Language:
+        batch_size, epochs, lr = 4, INTERVALS, 0.02
+
+        def model(self):
+            return transformers.GPT2LMHeadModel(config)
+
+        def data(self):
+            return {"train": (ids,), "test": False}
+
+        def loss(self, model, batch):
+            logits = model(batch[0], use_cache=False).logits[:, :-1]
+            return functional.cross_entropy(logits.flatten(0, 1), batch[0][:, 1:].flatten())
+
+    return adapt(Language())
+
+
+def _vit() -> Program:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=8, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=16, num_labels=CLASSES,
+        hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+    )  # fmt: skip
+    inputs = {"pixel_values": _noise(12, 1, 8, 8)}
+    return _classify(lambda: transformers.ViTForImageClassification(config), inputs, 12)
+
+
+PROGRAMS = {
+    "mlp with batch norm": lambda: _classify(Mlp, _noise(22, 6), optimizer=_grouped, lr=2e-3),
+    "cnn": lambda: _classify(Cnn, _noise(22, 1, 8, 8), optimizer="sgd", lr=0.05),
+    "transformer with padding": lambda: _classify(Encoder, _tokens(22), schedule="cosine"),
+    "resnet with drop path": lambda: _classify(ResNet, _noise(22, 1, 6, 6), optimizer="rmsprop"),
+    "bert": _bert,
+    "gpt2": _gpt2,
+    "vit": _vit,
+}
+
+
+def _grouped(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Biases and norms are not decayed and learn at a tenth."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0, "lr": lr / 10, "betas": (0.8, 0.99)},
+    ]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+@functools.cache
+def recipe_of(name: str) -> Recipe:
+    return make_recipe(PROGRAMS[name]())
+
+
+def make_recipe(program: Program, take: str = "best", **more) -> Recipe:
+    metric = "loss" if program.task == "custom" else "nll"
+    sites = find_program_sites(program).sites
+    options = {"precision": "float64", **more}
+    return Recipe(program, sites, Objective(metric, take), **options)
+
+
+def training(recipe: Recipe, number: int, *, data: int | None = None, **changes) -> Training:
+    """Trainings whose rates, lr, weight decay and seeds all differ."""
+    seeds = Seeds(weights=1000 + number, data=number if data is None else data, split=0)
+    rates = {s.path: (0.1 + 0.13 * number + 0.07 * i) % 0.7 for i, s in enumerate(recipe.sites)}
+    values = {"weight_decay": 0.05 * number, **changes.pop("values", {})}
+    lr = changes.pop("lr", recipe.program.lr * (1 + number))
+    return Training(
+        id=number,
+        study_id=1,
+        kind=TrainingKind.SEARCH,
+        number=number,
+        label=f"trial {number}",
+        assignment=Assignment(rates, lr, values),
+        seeds=seeds,
+        seed_index=None,
+        intervals=INTERVALS,
+        attempt=1,
+        lease_epoch=1,
+        **changes,
+    )
+
+
+# -- comparing ------------------------------------------------------------------------------------
+
+
+def assert_same(a: Snapshot, b: Snapshot, tolerance: float = TOLERANCE) -> None:
+    assert a.interval == b.interval
+    assert a.tensors.keys() == b.tensors.keys()
+    assert a.meta["updates"] == b.meta["updates"]
+    assert a.meta["best_interval"] == b.meta["best_interval"]
+    for name, tensor in a.tensors.items():
+        other = b.tensors[name]
+        assert tensor.dtype == other.dtype, name
+        assert tensor.shape == other.shape, name
+        difference = (tensor.double() - other.double()).abs().max().item() if tensor.numel() else 0
+        assert difference < tolerance, f"{name}: {difference}"
+
+
+def assert_same_outcome(a: Outcome, b: Outcome, tolerance: float = TOLERANCE) -> None:
+    assert a.failure == b.failure
+    assert a.measurement.interval == b.measurement.interval
+    assert a.measurement.values.keys() == b.measurement.values.keys()
+    for key, value in a.measurement.values.items():
+        if key != "time/seconds":
+            assert value == pytest.approx(b.measurement.values[key], abs=tolerance), key
+
+
+def alone(recipe: Recipe, wanted: Training, intervals: int) -> tuple[Snapshot, list[Outcome]]:
+    """A training in a trainer of its own."""
+    solo = Solo(recipe)
+    solo.fill(0, wanted)
+    outcomes = [solo.train_interval()[0] for _ in range(intervals)]
+    return solo.snapshot(0), outcomes
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- the suite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_fused_equals_solo_through_refill_empty_slot_failure_and_resume(name, tmp_path):
+    recipe = recipe_of(name)
+    first, second, late = (training(recipe, number) for number in (0, 1, 2))
+    broken = training(recipe, 3, lr=1e300)
+    fused = Fused(recipe, 4)
+    fused.fill(3, first)  # slot 0 stays empty
+    fused.fill(1, broken)
+    fused.fill(2, second)
+    outcomes = [fused.train_interval()]
+    assert outcomes[0][1].failure is not None
+    assert outcomes[0][3].failure is None
+    fused.empty(1)
+    fused.fill(1, late)
+    outcomes.append(fused.train_interval())
+
+    store = CheckpointStore.at(tmp_path)
+    store.save(second.id, 1, fused.snapshot(2))
+    fused.empty(2)
+    solo = Solo(recipe)
+    solo.fill(0, second, store.load(second.id, 1))
+    outcomes_second = [outcomes[0][2], outcomes[1][2], solo.train_interval()[0]]
+    store.save(second.id, 1, solo.snapshot(0))
+    outcomes.append(fused.train_interval())
+    fused.fill(0, second, store.load(second.id, 1))
+    outcomes.append(fused.train_interval())
+    outcomes_second.append(outcomes[3][0])
+
+    for index, wanted, seen in (
+        (3, first, [each[3] for each in outcomes]),
+        (1, late, [each[1] for each in outcomes[1:]]),
+        (0, second, outcomes_second),
+    ):
+        expected, expected_outcomes = alone(recipe, wanted, len(seen))
+        assert_same(fused.snapshot(index), expected)
+        for a, b in zip(seen, expected_outcomes, strict=True):
+            assert_same_outcome(a, b)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_is_found_fusible_by_trying(name):
+    found = fusible(recipe_of(name))
+    assert found.ok, found.reason
+
+
+@pytest.mark.parametrize("name", ["mlp with batch norm", "transformer with padding"])
+def test_neighbours_and_slot_numbers_do_not_matter(name):
+    recipe = recipe_of(name)
+    wanted = training(recipe, 0)
+    snapshots = []
+    for width, index, others in ((2, 1, [(0, 1)]), (4, 0, [(1, 2), (2, 3), (3, 4)])):
+        fused = Fused(recipe, width)
+        fused.fill(index, wanted)
+        for slot, number in others:
+            fused.fill(slot, training(recipe, number))
+        for _ in range(2):
+            fused.train_interval()
+        snapshots.append(fused.snapshot(index))
+    assert_same(*snapshots)
+
+
+# -- ways of training -----------------------------------------------------------------------------
+
+
+def assert_fused_is_solo(recipe: Recipe, trainings: list[Training], intervals: int = 2) -> None:
+    fused = Fused(recipe, len(trainings))
+    for index, each in enumerate(trainings):
+        fused.fill(index, each)
+    outcomes = [fused.train_interval() for _ in range(intervals)]
+    for index, each in enumerate(trainings):
+        snapshot, expected = alone(recipe, each, intervals)
+        assert_same(fused.snapshot(index), snapshot)
+        for a, b in zip(outcomes, expected, strict=True):
+            assert_same_outcome(a[index], b)
+        solo = Solo(recipe)
+        solo.fill(0, each, fused.snapshot(index))
+        for key, tensor in solo.weights(0).items():
+            torch.testing.assert_close(fused.weights(index)[key], tensor, rtol=0, atol=0)
+
+
+def test_last_weights_clipping_accumulation_and_searched_values():
+    program = _classify(Mlp, _noise(21, 6), 21, lr=2e-3, clip=0.05, optimizer="adam")
+    values = [
+        {"l1": 1e-2, "label_smoothing": 0.1, "schedule": "up"},
+        {"l1": 1e-3, "label_smoothing": 0.0, "schedule": "early", "cutoff": 0.3},
+        {"l1": 0.0, "label_smoothing": 0.2, "schedule": "late", "cutoff": 0.4},
+    ]
+    for accumulate in (1, 3):
+        recipe = make_recipe(program, "last", clip=0.05, accumulate=accumulate)
+        assert [u.size for u in recipe.feed(0).interval([0], [0], 2)] == [8, 9]
+        trainings = [training(recipe, k, values=v) for k, v in enumerate(values)]
+        assert_fused_is_solo(recipe, trainings)
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch():
+    program = _classify(Cnn, _noise(22, 1, 8, 8), lr=1e-3)
+    outcomes = []
+    for accumulate in (1, 2):
+        recipe = make_recipe(program, accumulate=accumulate)
+        still = replace(
+            training(recipe, 0),
+            assignment=Assignment({s.path: 0.0 for s in recipe.sites}, 1e-3),
+        )
+        outcomes.append(alone(recipe, still, 2)[0])
+    assert_same(*outcomes)
+
+
+def test_intervals_of_some_updates_go_over_the_ends_of_passes():
+    recipe = make_recipe(_classify(Cnn, _noise(22, 1, 8, 8), lr=1e-3), interval_updates=4)
+    first, second = training(recipe, 0), training(recipe, 1)
+    fused = Fused(recipe, 2)
+    fused.fill(0, first)
+    fused.train_interval()  # now a pass of 3 updates is behind it, and one of the next
+    fused.fill(1, second)
+    fused.train_interval()
+    assert_same(fused.snapshot(0), alone(recipe, first, 2)[0])
+    assert_same(fused.snapshot(1), alone(recipe, second, 1)[0])
+
+
+def test_trainings_that_share_data_share_batches():
+    recipe = recipe_of("mlp with batch norm")
+    assert_fused_is_solo(recipe, [training(recipe, k, data=5) for k in range(3)])
+
+
+def test_each_split_has_its_own_data():
+    recipe = recipe_of("cnn")
+    trainings = [training(recipe, k) for k in range(4)]
+    trainings = [replace(t, seeds=replace(t.seeds, split=k % 2)) for k, t in enumerate(trainings)]
+    assert_fused_is_solo(recipe, trainings)
+
+
+def test_streamed_data_are_shared_by_trainings_at_the_same_place():
+    class Examples(torch.utils.data.Dataset):
+        def __len__(self):
+            return 25
+
+        def __getitem__(self, index):
+            return torch.full((6,), float(index)) / 25 + torch.randn(6), index % CLASSES
+
+    program = classification(
+        model=Mlp, train=Examples(), validation=(_noise(9, 6), _labels(9)), test=False,
+        batch_size=8, epochs=INTERVALS, lr=2e-3,
+    )  # fmt: skip
+    recipe = make_recipe(program)
+    assert isinstance(recipe.data(0, "train"), Streamed)
+    trainings = [training(recipe, k, data=k // 2) for k in range(4)]
+    assert_fused_is_solo(recipe, trainings)
+    assert "val/gap" not in alone(recipe, trainings[0], 1)[1][0].measurement.values
+
+
+def test_an_optimizer_that_is_not_written_out_is_stepped_slot_by_slot():
+    program = _classify(Cnn, _noise(22, 1, 8, 8), lr=1e-3, optimizer=torch.optim.NAdam)
+    recipe = make_recipe(program)
+    first, second, third = (training(recipe, number) for number in range(3))
+    assert_fused_is_solo(recipe, [first, second, third])
+    fused = Fused(recipe, 3)
+    for index, each in enumerate((first, second, third)):
+        fused.fill(index, each)
+    fused.train_interval()
+    fused.empty(0)  # the others move to other rows
+    fused.train_interval()
+    assert_same(fused.snapshot(1), alone(recipe, second, 2)[0])
+    assert_same(fused.snapshot(2), alone(recipe, third, 2)[0])
+
+
+def test_searched_words_and_numbers_reach_the_loss():
+    class Worded:
+        batch_size, epochs, lr = 8, INTERVALS, 1e-2
+        searched: ClassVar = {"kind": ["squared", "absolute"], "power": (0.5, 2.0)}
+        task = "regression"
+
+        def model(self):
+            return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
+
+        def data(self):
+            return {"train": (_noise(22, 6), _noise(22, 1)), "test": False}
+
+        def loss(self, model, batch, values):
+            apart = model(batch[0]) - batch[1]
+            each = apart.square() if values["kind"] == "squared" else apart.abs()
+            return (each + 1e-3).pow(values["power"]).mean()
+
+    program = adapt(Worded())
+    recipe = make_recipe(program)
+    values = [("squared", 1.0), ("absolute", 1.5), ("squared", 0.7)]
+    trainings = [
+        training(recipe, k, values={"kind": kind, "power": power})
+        for k, (kind, power) in enumerate(values)
+    ]
+    assert_fused_is_solo(recipe, trainings)
+
+
+def test_frozen_weights_are_shared_and_unused_ones_left_alone():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen = nn.Linear(6, 8)
+            self.frozen.load_state_dict({"weight": torch.ones(8, 6), "bias": torch.ones(8)})
+            self.frozen.requires_grad_(False)
+            self.random = nn.Linear(8, 8).requires_grad_(False)
+            self.unused = nn.Linear(2, 2)
+            self.drop, self.head = nn.Dropout(0.4), nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            return self.head(self.drop(torch.tanh(self.random(self.frozen(x)))))
+
+    recipe = make_recipe(_classify(Partly, _noise(22, 6), weight_decay=0.1))
+    assert_fused_is_solo(recipe, [training(recipe, k) for k in range(2)])
+    parts = Fused(recipe, 2)._stack.parts
+    assert set(parts.shared) == {"frozen.weight", "frozen.bias"}
+    assert set(parts.trained.names) == {"head.weight", "head.bias"}
+
+
+def test_a_buffer_that_is_assigned_anew_is_kept_for_each_slot():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, CLASSES))
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x):
+            hidden = self.net[0](x)
+            if self.training:
+                self.mean = 0.9 * self.mean + 0.1 * hidden.detach().mean(0)
+            return self.net[2](self.net[1](hidden - self.mean))
+
+    recipe = make_recipe(_classify(Counting, _noise(22, 6)))
+    assert_fused_is_solo(recipe, [training(recipe, k) for k in range(2)])
+
+
+def test_half_precision_runs_fused_and_solo_and_agrees_to_its_rounding():
+    recipe = make_recipe(_classify(Cnn, _noise(22, 1, 8, 8), lr=1e-3), precision="bf16")
+    each = training(recipe, 0)
+    fused = Fused(recipe, 1)
+    fused.fill(0, each)
+    outcome = fused.train_interval()[0]
+    expected = alone(recipe, each, 1)[1][0]
+    assert outcome.failure is None
+    loss, other = (o.measurement.values["train/loss"] for o in (outcome, expected))
+    assert loss == pytest.approx(other, abs=0.05)
+    assert all(t.dtype == torch.float32 for t in fused.weights(0).values())
+
+
+def test_other_randomness_of_a_model_is_seeded_by_the_update_and_makes_it_solo():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.head = nn.Dropout(0.3), nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            return self.head(self.drop(x + torch.randn(x.shape, dtype=x.dtype)))
+
+    recipe = make_recipe(_classify(Noisy, _noise(22, 6)))
+    found = fusible(recipe)
+    assert not found.ok
+    assert "random" in found.reason
+    assert "\n" not in found.reason
+    each = training(recipe, 0)
+    torch.manual_seed(1)
+    first = alone(recipe, each, 2)[0]
+    state = torch.get_rng_state()
+    solo = Solo(recipe)
+    solo.fill(0, each)
+    solo.train_interval()
+    resumed = Solo(recipe)
+    resumed.fill(0, each, solo.snapshot(0))
+    resumed.train_interval()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same(resumed.snapshot(0), first, tolerance=1e-12)
+
+
+# -- what interrupts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Solo, functools.partial(Fused, width=2)])
+def test_an_interrupted_interval_leaves_the_last_boundary(make):
+    recipe = recipe_of("mlp with batch norm")
+    trainer: Trainer = make(recipe)
+    trainer.fill(0, training(recipe, 0))
+    trainer.train_interval()
+    before = trainer.snapshot(0)
+    stopped = _stop_at(trainer, 2)
+    with pytest.raises(Interrupted):
+        trainer.train_interval()
+    assert stopped()
+    assert_same(trainer.snapshot(0), before, tolerance=1e-300)
+    trainer.train_interval()
+    assert_same(trainer.snapshot(0), alone(recipe, training(recipe, 0), 2)[0])
+
+
+def _stop_at(trainer: Trainer, update: int):
+    """Interrupt the trainer before its update of that number."""
+    count = 0
+    check = trainer._stop_if_interrupted
+
+    def counted():
+        nonlocal count
+        count += 1
+        if count == update:
+            trainer.interrupt()
+        check()
+
+    trainer._stop_if_interrupted = counted
+    return lambda: count == update
+
+
+def test_too_little_memory_narrows_the_group_and_loses_nothing(monkeypatch):
+    recipe = recipe_of("mlp with batch norm")
+    trainings = [training(recipe, k) for k in range(5)]
+    fused = Fused(recipe, 5)
+    for index, each in enumerate(trainings):
+        fused.fill(index, each)
+    check, count = fused._stop_if_interrupted, 0
+
+    def scarce():
+        nonlocal count
+        count += 1
+        if count in (2, 5):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        check()
+
+    monkeypatch.setattr(fused, "_stop_if_interrupted", scarce)
+    outcomes = fused.train_interval()
+    assert sorted(outcomes) == [0, 1, 2, 3, 4]
+    assert fused._limit == 1
+    for index, each in enumerate(trainings):
+        assert_same(fused.snapshot(index), alone(recipe, each, 1)[0])
+
+
+def test_memory_errors_of_device_and_host_are_told_from_others():
+    host = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(host)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_scores_are_of_the_kept_weights_on_the_test_set():
+    program = classification(
+        model=Mlp, train=(_noise(22, 6), _labels(22)), validation=(_noise(9, 6), _labels(9)),
+        test=(_noise(13, 6), _labels(13)), batch_size=8, epochs=INTERVALS, lr=2e-3,
+    )  # fmt: skip
+    recipe = make_recipe(program)
+    fused, solo = Fused(recipe, 2), Solo(recipe)
+    fused.fill(1, training(recipe, 0))
+    solo.fill(0, training(recipe, 0))
+    for _ in range(2):
+        fused.train_interval()
+        solo.train_interval()
+    scores = fused.score(1)
+    assert scores.split == "test"
+    assert scores.examples["nll"].shape == (13,)
+    assert scores.metrics["nll"] == pytest.approx(float(scores.examples["nll"].mean()))
+    assert scores.metrics == pytest.approx(solo.score(0).metrics, abs=TOLERANCE)
+
+
+def test_the_measured_values_are_what_they_say():
+    recipe = recipe_of("cnn")
+    each = training(recipe, 1)
+    values = alone(recipe, each, 1)[1][0].measurement.values
+    assert values["lr"] == each.assignment.lr
+    assert values["val/gap"] == pytest.approx(values["val/nll"] - values["train/nll"])
+    assert values["time/seconds"] > 0
+    assert math.isfinite(values["train/loss"])
+    assert isinstance(recipe.data(0, "train"), InMemory)

@@ -1,0 +1,152 @@
+"""Bad input: one line on stderr, exit status 2, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from droptune.cli import main
+
+MODEL = """
+import torch
+from torch import nn
+import droptune
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), {dropout}nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+{poison}
+y = torch.arange(60) % 3
+program = droptune.classification(model=Net, train=(x, y), batch_size=16, epochs=2, lr=1e-2)
+"""
+STUDY = "program: model.py\nbudget: {trials: 4}\nmlflow: {mirror: none}\n"
+
+
+@pytest.fixture
+def droptune(monkeypatch, capsys):
+    """Run a command as `main` does, in this process: starting one each takes seconds."""
+
+    def run(*arguments, cwd, **environment):
+        for name in [name for name in os.environ if name.startswith("DROPTUNE")]:
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["droptune", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
+
+    return run
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "a project"  # paths with spaces are paths
+    folder.mkdir()
+    (folder / "model.py").write_text(MODEL.format(dropout="nn.Dropout(0.3), ", poison=""))
+    (folder / "study.yaml").write_text(STUDY)
+    return folder
+
+
+def refused(result, *words, left: set[str], folder: Path):
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    lines = result.stderr.strip().splitlines()
+    assert lines, result.stdout
+    assert lines[0].startswith("droptune: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+    assert {path.name for path in folder.iterdir() if path.name != "__pycache__"} == left
+
+
+FILES = {"model.py", "study.yaml"}
+
+
+@pytest.fixture
+def create(droptune, project):
+    return lambda **environment: droptune(
+        "study", "create", "study.yaml", cwd=project, **environment
+    )
+
+
+def test_missing_program_file(create, project):
+    (project / "study.yaml").write_text(STUDY.replace("model.py", "modle.py"))
+    refused(create(), "modle.py", left=FILES, folder=project)
+
+
+def test_file_without_a_program_shows_the_skeleton(create, project):
+    (project / "model.py").write_text("from torch import nn\nclass Mine(nn.Module):\n    pass\n")
+    refused(create(), "program = droptune.classification", "Mine", left=FILES, folder=project)
+
+
+def test_file_that_trains_when_imported_is_not_run(create, project):
+    source = "import pathlib\nfor epoch in range(3):\n    loss.backward()\n    optimizer.step()\n"
+    (project / "model.py").write_text("open('ran', 'w').close()\n" + source)
+    refused(create(), "droptune.classification", left=FILES, folder=project)
+
+
+def test_model_without_a_site_says_how_to_insert_one(create, project):
+    (project / "model.py").write_text(MODEL.format(dropout="", poison=""))
+    refused(create(), "insert:", left=FILES, folder=project)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("bugdet: {trials: 4}", ("bugdet", "budget")),
+        ("space: {rates: {'*': {low: 0, high: 1.5}}}", ("rates", "0.9")),
+        ("space: {rates: {'*': {low: -0.1, high: 0.5}}}", ("rates",)),
+        ("sampler: tpee", ("tpee", "tpe")),
+        ("insert: [{after: layers.1, kind: elemnt}]", ("elemnt", "element")),
+        ("pruner: fare", ("fare", "fair")),
+        ("objective: {metric: accurracy}", ("accurracy", "accuracy")),
+        ("space: {batch_size: [16, 32]}", ("batch_size", "shapes")),
+    ],
+)
+def test_faults_of_the_study_file_name_the_key(create, project, line, words):
+    (project / "study.yaml").write_text(f"{STUDY}{line}\n")
+    refused(create(), *words, left=FILES, folder=project)
+
+
+def test_nan_in_the_data(create, project):
+    source = MODEL.format(dropout="nn.Dropout(0.3), ", poison="x[7, 2] = float('nan')")
+    (project / "model.py").write_text(source)
+    refused(create(), "NaN", left=FILES, folder=project)
+
+
+def test_unreachable_database_shows_no_password(create, project):
+    url = "postgresql://someone:secret@127.0.0.1:1/none"
+    result = create(DROPTUNE_STORAGE=url)
+    refused(result, "127.0.0.1", left=FILES, folder=project)
+    assert "secret" not in result.stderr
+
+
+def test_unknown_study_names_the_near_ones(create, droptune, project):
+    assert create().returncode == 0
+    left = {path.name for path in project.iterdir() if path.name != "__pycache__"}
+    result = droptune("study", "best", "stduy", cwd=project)
+    refused(result, "'stduy'", "'study'", left=left, folder=project)
+
+
+def test_changed_study_file_names_the_keys_and_another_name(create, project):
+    assert create().returncode == 0
+    left = {path.name for path in project.iterdir() if path.name != "__pycache__"}
+    (project / "study.yaml").write_text(STUDY + "seed: 7\n")
+    refused(create(), "seed", "--name study-2", left=left, folder=project)
+    (project / "study.yaml").write_text(STUDY.replace("4", "6"))  # the budget is free
+    assert create().returncode == 0

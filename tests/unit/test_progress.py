@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from droptune.progress import best, measure
+from droptune.training import Assignment, Record, Seeds, State, Training, TrainingKind
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def record(number, state, value=None, *, kind=TrainingKind.SEARCH, label="", minutes_ago=1.0):
+    training = Training(
+        id=number, study_id=1, kind=kind, number=number, label=label,
+        assignment=Assignment({"a": 0.5}, 0.1), seeds=Seeds(1, 2, 3), seed_index=None,
+        intervals=4, attempt=1, lease_epoch=1,
+    )  # fmt: skip
+    ended = NOW - timedelta(minutes=minutes_ago) if state.finished else None
+    return Record(
+        training, state, curves={"val/nll": (1.0,) * 4, "time/seconds": (0.5,) * 4},
+        values=None if value is None else (value,), ended=ended,
+        started=NOW - timedelta(minutes=10),
+    )  # fmt: skip
+
+
+def test_counts_standings_and_time_left():
+    records = [
+        record(0, State.COMPLETE, 0.9, kind=TrainingKind.BASELINE, label="none"),
+        record(1, State.COMPLETE, 0.8, kind=TrainingKind.BASELINE, label="none"),
+        record(2, State.PRUNED, kind=TrainingKind.BASELINE, label="half"),
+        record(3, State.COMPLETE, 0.5),
+        record(4, State.RUNNING),
+    ]
+    progress = measure(records, "minimize", 10, NOW)
+    assert progress.finished == 4
+    assert progress.counts[State.RUNNING] == 1
+    assert progress.best is records[3]
+    assert progress.baselines == {"none": records[1], "half": None}
+    assert progress.per_minute == 4 / 5
+    assert progress.seconds_left == 60 * 6 / (4 / 5)
+    assert (progress.intervals, progress.device_seconds) == (20, 10.0)
+
+
+def test_best_follows_the_direction_and_the_earlier_wins_a_tie():
+    records = [record(0, State.COMPLETE, 0.5), record(1, State.COMPLETE, 0.5)]
+    assert best(records, "minimize") is records[0]
+    assert best([*records, record(2, State.COMPLETE, 0.7)], "maximize").value == 0.7
+    assert best([record(3, State.FAIL)], "minimize") is None
+
+
+def test_an_empty_study_has_no_rate_and_no_time_left():
+    progress = measure([], "minimize", 10, NOW)
+    assert (progress.per_minute, progress.seconds_left, progress.best) == (0.0, None, None)

@@ -1,0 +1,466 @@
+"""Planning confirmations and judging studies whose truth is known."""
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulated import World, confirm, fashion, make_record, make_spec, pruned, search, train
+
+from droptune.spec.spec import Confirm
+from droptune.training import NewTraining, Seeds, State, TrainingKind
+from droptune.verdict.comparison import ablations, after_scaling, example_scores
+from droptune.verdict.confirmation import (
+    AT_WINNERS_LR,
+    CHOICE,
+    allowance_of,
+    best_baselines,
+    front_runners,
+    plan,
+    predicted_cost,
+)
+from droptune.verdict.evidence import key
+from droptune.verdict.findings import edge
+from droptune.verdict.verdict import judge
+
+
+def lr_part(lr):
+    return 0.02 * np.log10(lr / 1.7e-3) ** 2
+
+
+def flat(rates, lr):
+    """Dropout does nothing, the learning rate does."""
+    return 0.5 + lr_part(lr)
+
+
+def helpful(rates, lr):
+    strength = np.mean(list(rates.values()))
+    return 0.5 + lr_part(lr) - 0.2 * min(strength, 0.4) + 0.3 * max(strength - 0.6, 0)
+
+
+def harmful(rates, lr):
+    return 0.5 + lr_part(lr) + 0.1 * (sum(rates.values()) > 0)
+
+
+def world(loss=helpful, seed=0, **more):
+    more = {"seed_sd": 0.008, **more}
+    return World(loss, np.random.default_rng([9, seed]), salt=seed, **more)
+
+
+@pytest.fixture(scope="module")
+def searched():
+    return search(world(), trials=30)
+
+
+@pytest.fixture(scope="module")
+def confirmed(searched):
+    return confirm(world(seed=1), searched)
+
+
+# -- planning -------------------------------------------------------------------------------------
+
+
+def test_front_runners_are_chosen_and_baselines_paired_at_once(searched):
+    planned = plan(searched)
+    assert not planned.decided
+    labels = {new.label for new in planned.queue}
+    assert {"none", "author", "half"} <= labels
+    front = {new.label for new in planned.queue if new.seed_index >= CHOICE}
+    assert front == {member.label for member in planned.design.front}
+    assert all(new.kind is TrainingKind.CONFIRMATION for new in planned.queue)
+
+
+def test_pairs_share_their_seeds_and_the_choice_has_its_own(searched):
+    by_index = {}
+    for new in plan(searched).queue:
+        by_index.setdefault(new.seed_index, set()).add(new.seeds)
+    assert all(len(seeds) == 1 for seeds in by_index.values())
+    assert len(set().union(*by_index.values())) == len(by_index)
+    assert by_index[1] == {Seeds.of_confirmation(7, 1)}
+
+
+def test_planning_depends_on_the_records_alone(searched):
+    shuffled = list(searched.records)
+    random.Random(1).shuffle(shuffled)
+    assert plan(replace(searched, records=tuple(shuffled))) == plan(searched)
+
+
+def test_what_is_queued_is_not_queued_again(searched):
+    planned = plan(searched)
+    waiting = tuple(
+        make_record(900 + i, new, {"val/nll": ()}, state=State.QUEUED)
+        for i, new in enumerate(planned.queue)
+    )
+    again = plan(replace(searched, records=searched.records + waiting))
+    assert again.queue == ()
+    assert not again.decided
+
+
+def test_a_half_made_queue_is_completed(searched):
+    planned = plan(searched)
+    begun = train(world(seed=1), searched, planned.queue[:5])
+    assert plan(begun).queue == planned.queue[5:]
+
+
+def test_each_baseline_is_confirmed_at_its_own_best(searched):
+    for member in best_baselines(searched):
+        same = [
+            r for r in searched.trials if r.training.assignment.rates == member.assignment.rates
+        ]
+        assert member.promised == min(r.value for r in same)
+
+
+def test_equal_baselines_are_confirmed_once(searched):
+    zero = tuple(replace(site, rate=0.0) for site in searched.sites)
+    records = tuple(
+        replace(
+            r,
+            training=replace(
+                r.training,
+                assignment=replace(r.training.assignment, rates={"fc1": 0.0, "fc2": 0.0}),
+            ),
+        )
+        if r.training.label == "author"
+        else r
+        for r in searched.records
+    )
+    merged = replace(searched, sites=zero, records=records)
+    assert [member.label for member in best_baselines(merged)] == ["none", "half"]
+
+
+def test_front_runners_differ_and_hold_the_mildest_of_the_best(searched):
+    front = front_runners(searched, 4)
+    assert len({key(member.assignment) for member in front}) == len(front) == 4
+    assert front[1].assignment.mean_rate <= min(m.assignment.mean_rate for m in front) + 0.05
+    assert all(member.assignment.mean_rate > 0 for member in front)
+
+
+def test_no_dropout_is_also_trained_at_the_winners_learning_rate(confirmed):
+    planned = plan(confirmed)
+    twin = next(m for m in planned.compared if m.label == AT_WINNERS_LR)
+    assert twin.assignment.lr == planned.winner.assignment.lr
+    assert set(twin.assignment.rates.values()) == {0.0}
+
+
+def test_a_site_at_a_fixed_rate_keeps_it_in_every_baseline(searched):
+    def fix(record):
+        rates = {**record.training.assignment.rates, "stem": 0.1}
+        assignment = replace(record.training.assignment, rates=rates)
+        return replace(record, training=replace(record.training, assignment=assignment))
+
+    stem = replace(searched.sites[0], path="stem", rate=0.1)
+    fixed = replace(
+        searched, sites=(stem, *searched.sites), records=tuple(fix(r) for r in searched.records)
+    )
+    assert all(fixed.has_dropout(m.assignment) for m in front_runners(fixed, 4))
+    none = next(m for m in best_baselines(fixed) if m.label == "none")
+    assert none.assignment.rates == {"stem": 0.1, "fc1": 0.0, "fc2": 0.0}
+    done = confirm(world(sites=("stem", "fc1", "fc2"), seed=1), fixed)
+    twin = next(m for m in plan(done).compared if m.label == AT_WINNERS_LR)
+    assert twin.assignment.rates == none.assignment.rates
+
+
+def test_the_winner_is_the_mildest_within_one_standard_error():
+    searched = search(world(), trials=30)
+    planned = plan(searched)
+    value = {member.label: 0.4 for member in planned.design.front}
+    mild = min(planned.design.front, key=lambda m: m.assignment.mean_rate)
+    value[mild.label] = 0.401
+    done = []
+    for i, new in enumerate(planned.queue):
+        noise = 0.01 * ((i + (new.label == mild.label)) % 3)
+        found = value.get(new.label, 0.5) + noise
+        done.append(make_record(500 + i, new, {"val/nll": (found,)}, value=found))
+    assert plan(replace(searched, records=searched.records + tuple(done))).winner == mild
+
+
+def test_a_front_runner_that_fails_on_a_fresh_seed_is_out(searched):
+    planned = plan(searched)
+    out = planned.design.front[0].label
+    done = [
+        make_record(
+            500 + i,
+            new,
+            {"val/nll": (0.4,)},
+            value=0.3 if new.label == out else 0.4 + 0.001 * i,
+            state=State.FAIL if new.label == out and new.seed_index == CHOICE else State.COMPLETE,
+        )
+        for i, new in enumerate(planned.queue)
+    ]
+    winner = plan(replace(searched, records=searched.records + tuple(done))).winner
+    assert winner.label != out
+
+
+def test_failed_seeds_are_not_trained_again_and_their_pairs_are_left_out(confirmed):
+    failed = tuple(
+        replace(r, state=State.FAIL, values=None, reason="loss is NaN")
+        if r.training.label == "none" and r.training.seed_index == 1
+        else r
+        for r in confirmed.records
+    )
+    spoilt = confirm(world(seed=2), replace(confirmed, records=failed))
+    verdict = judge(spoilt)
+    assert 1 not in verdict.comparison("none").seeds
+    assert any("1 of" in hint and "loss is NaN" in hint for hint in verdict.hints)
+
+
+def test_the_share_of_the_budget_is_kept(searched):
+    for share in (0.2, 0.3333, 0.5):
+        spec = make_spec(confirm={"share": share})
+        noisy = replace(search(world(flat), spec, trials=45))
+        done = confirm(world(flat, seed=3), noisy)
+        allowed = max(allowance_of(spec.confirm, 60), 9)
+        assert len(done.confirmations) <= allowed
+
+
+def test_a_tiny_budget_still_compares_with_no_dropout():
+    done = confirm(world(), search(world(), make_spec(confirm={"share": 0.05}), trials=12))
+    planned = plan(done)
+    assert planned.design.choice_seeds == 0
+    assert {"none"} <= {member.label for member in planned.compared}
+    assert len(done.confirmations) <= 9
+
+
+def test_predicted_cost_bounds_what_is_trained(confirmed):
+    cost = predicted_cost(confirmed.spec.confirm, trials=45, baselines=3, intervals=60)
+    assert cost.least - 3 <= len(confirmed.confirmations) <= cost.most
+    assert cost.intervals_most == 60 * cost.most
+    assert predicted_cost(Confirm(share=1), trials=9, baselines=1, intervals=1).most == 42
+
+
+def test_a_large_difference_stops_at_the_first_look(confirmed):
+    quiet = confirm(world(seed=4, seed_sd=0.002), search(world(seed_sd=0.002), trials=30))
+    assert plan(quiet).stops["none"].why == "decided"
+    assert plan(quiet).stops["none"].look == 0
+
+
+def test_confirmation_can_be_switched_off():
+    planned = plan(search(world(), make_spec(confirm={"enabled": False}), trials=12))
+    assert planned.decided
+    assert planned.queue == ()
+    assert "switched off" in planned.reason
+
+
+def test_without_a_dropout_trial_there_is_nothing_to_confirm(searched):
+    none = tuple(r for r in searched.records if r.training.label == "none")
+    planned = plan(replace(searched, records=none))
+    assert planned.decided
+    assert judge(replace(searched, records=none)).recommended is None
+
+
+# -- judging --------------------------------------------------------------------------------------
+
+
+def test_dropout_that_helps(confirmed):
+    verdict = judge(confirmed)
+    assert verdict.confirmed
+    assert verdict.outcome == "better"
+    assert verdict.sentence.startswith("Dropout helps: test NLL 0.0")
+    assert verdict.recommended.choice == "winner"
+    main = verdict.comparison("none")
+    assert main.data == "test"
+    assert main.difference.low < 0.08 < main.difference.high + 0.03
+    assert verdict.comparison("author") is not None
+
+
+def test_dropout_that_does_nothing():
+    verdict = judge(confirm(world(flat), search(world(flat), trials=30)))
+    assert verdict.outcome == "undetected"
+    assert verdict.sentence.startswith("No detectable difference")
+    assert "would have been seen" in verdict.sentence
+
+
+def test_dropout_that_hurts():
+    hurt = world(harmful, seed_sd=0.004)
+    verdict = judge(confirm(hurt, search(hurt, trials=30)))
+    assert verdict.outcome == "worse"
+    assert verdict.sentence.startswith("Dropout hurts")
+    assert verdict.recommended.choice == "none"
+    assert set(verdict.recommended.assignment.rates.values()) == {0.0}
+
+
+def test_a_gain_of_the_learning_rate_is_not_called_dropouts():
+    """The baseline's few learning rates miss the good one; the search finds it."""
+
+    def narrow(rates, lr):
+        return 0.5 - 0.3 * np.exp(-0.5 * (np.log(lr / 9.5e-4) / 0.12) ** 2)
+
+    narrow_world = world(narrow, seed_sd=0.004, example_sd=0.02, interaction_sd=0.02)
+    verdict = judge(confirm(narrow_world, search(narrow_world, trials=60)))
+    assert verdict.comparison("none").outcome == "better"
+    assert verdict.outcome == "learning_rate"
+    assert "the learning rate's, not dropout's" in verdict.sentence
+    assert verdict.recommended.choice == "none"
+    assert verdict.recommended.assignment.lr == verdict.winner.assignment.lr
+
+
+def test_before_confirmation_the_verdict_says_so(searched):
+    verdict = judge(searched)
+    assert not verdict.confirmed
+    assert verdict.sentence.startswith("NOT CONFIRMED")
+    assert verdict.comparisons == ()
+    assert any("confirmation is not finished" in hint for hint in verdict.hints)
+
+
+def test_test_scores_are_not_looked_at_before_all_is_decided(searched):
+    planned = plan(searched)
+    half_way = train(world(seed=1), searched, planned.queue)
+    half_way = train(world(seed=1), half_way, plan(half_way).queue[:4])
+    assert not plan(half_way).decided
+    assert {c.data for c in judge(half_way).comparisons} <= {"validation"}
+    assert not judge(half_way).confirmed
+
+
+def test_without_test_scores_the_interval_is_called_optimistic(confirmed):
+    verdict = judge(replace(confirmed, scores={}, sizes={"validation": 5000}))
+    assert verdict.comparison("none").data == "validation"
+    assert any("optimistic" in hint for hint in verdict.hints)
+
+
+def test_a_verdict_is_json(confirmed, searched):
+    for evidence in (confirmed, searched):
+        text = json.dumps(judge(evidence).to_json(), allow_nan=False)
+        assert json.loads(text)["study"] == "simulated"
+
+
+def test_intervals_hold_and_null_studies_are_not_called_better():
+    """A small version of benchmarks/calibration.py: search, choice, confirmation, verdict."""
+    held, better = [], 0
+    for seed in range(40):
+        one = world(flat, seed=seed, examples=60)
+        verdict = judge(confirm(one, search(one, trials=20)))
+        main = verdict.comparison("none")
+        truth = one.truth(main.assignment) - one.truth(verdict.winner.assignment)
+        held.append(main.difference.low <= truth <= main.difference.high)
+        better += verdict.outcome == "better"
+    assert np.mean(held) >= 0.85
+    assert better <= 5
+
+
+def test_maximised_metrics_are_turned_round():
+    def accuracy(rates, lr):
+        return 0.9 - helpful(rates, lr) / 5
+
+    spec = make_spec(objective={"metric": "accuracy"})
+    sharp = world(accuracy, metric="accuracy", seed_sd=0.001, validation_sd=0.0)
+    sharp = replace(sharp, example_sd=0.02, interaction_sd=0.01)
+    evidence = confirm(sharp, search(sharp, spec, trials=30))
+    scores = {i: {"correct": s["accuracy"]} for i, s in evidence.scores.items()}
+    verdict = judge(replace(evidence, scores=scores))
+    assert verdict.outcome == "better"
+    assert "points higher" in verdict.sentence
+
+
+# -- with curves ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole():
+    made = fashion(0)
+    evidence = pruned(search(made, trials=45), 0.4, np.random.default_rng(0))
+    return confirm(made, evidence)
+
+
+def test_overfitting_without_dropout_is_seen(whole):
+    found = judge(whole).overfitting
+    assert "overfits" in found.sentence
+    assert found.best_interval < 40
+    assert found.validation > found.best > found.train
+
+
+def test_importance_and_regions(whole):
+    verdict = judge(whole)
+    assert set(verdict.importance) == {"drop1", "drop2", "head.drop", "lr"}
+    assert verdict.importance["drop2"] > verdict.importance["drop1"]
+    for site in verdict.sites:
+        assert site.near[0] <= site.near[1]
+    assert any("end of its range" in line for line in verdict.warnings)
+
+
+def test_temperature_scaling_takes_its_part(whole):
+    verdict = judge(whole)
+    none = next(c for c in verdict.calibration if c.label == "none")
+    assert none.ece > 0.05 > none.ece_after
+    assert none.temperature > 1.5
+    scaled = after_scaling(whole, plan(whole))
+    assert abs(scaled.difference.mean) < abs(verdict.comparison("none").difference.mean) / 5
+
+
+def test_cost_and_curse(whole):
+    verdict = judge(whole)
+    assert 1.0 < verdict.cost.winner / verdict.cost.none < 1.2
+    assert verdict.curse.error > 0
+    assert verdict.counts["pruned"] == 18
+
+
+def test_leaving_out_one_group_at_a_time(whole):
+    spec = make_spec(confirm={"ablate": True})
+    asked = plan(replace(whole, spec=spec))
+    assert not asked.decided
+    assert {new.label for new in asked.queue} == {f"without {site.path}" for site in whole.sites}
+    assert {new.kind for new in asked.queue} == {TrainingKind.ABLATION}
+    done = confirm(fashion(5), replace(whole, spec=spec))
+    found = {c.against: c for c in ablations(done, plan(done))}
+    assert found["without drop2"].difference.mean > found["without drop1"].difference.mean
+    assert found["without drop2"].outcome == "better"
+
+
+# -- hints ----------------------------------------------------------------------------------------
+
+
+def test_a_metric_that_cannot_tell_is_named(whole):
+    spec = make_spec(objective={"metric": "accuracy"})
+    records = tuple(
+        replace(r, values=(r.curves["val/accuracy"][-1],)) if r.values else r for r in whole.records
+    )
+    verdict = judge(confirm(fashion(6), replace(whole, spec=spec, records=records)))
+    assert verdict.outcome == "undetected"
+    assert any("accuracy cannot tell, but validation NLL can" in hint for hint in verdict.hints)
+    assert any("5000 validation examples" in hint for hint in verdict.hints)
+
+
+def test_a_training_that_still_improves_is_named(whole):
+    def improving(record):
+        n = len(record.curves["val/nll"])
+        curve = tuple(float(x) for x in 1.2 - 0.012 * np.arange(n))
+        return replace(record, curves={**record.curves, "val/nll": curve})
+
+    records = tuple(improving(r) for r in whole.records)
+    assert any("still improving" in h for h in judge(replace(whole, records=records)).hints)
+    assert not any("still improving" in h for h in judge(whole).hints)
+
+
+def test_many_failures_are_named(searched):
+    records = tuple(
+        replace(r, state=State.FAIL, values=None) if r.training.number % 3 == 0 else r
+        for r in searched.records
+    )
+    assert any("trials failed" in hint for hint in judge(replace(searched, records=records)).hints)
+
+
+# -- small things ---------------------------------------------------------------------------------
+
+
+def test_edges_of_ranges():
+    assert edge(0.79, (0.0, 0.8)) == "high"
+    assert edge(0.0, (0.0, 0.8)) is None
+    assert edge(0.006, (0.005, 0.5)) == "low"
+    assert edge(1.1e-4, (1e-4, 1e-2), log=True) == "low"
+    assert edge(1e-3, (1e-4, 1e-2), log=True) is None
+    assert edge(0.5, None) is None
+
+
+def test_scores_of_examples_have_the_metric_as_their_mean():
+    rng = np.random.default_rng(0)
+    squared = rng.gamma(1.0, 2.0, 400)
+    assert example_scores("rmse", {"mse": squared}).mean() == pytest.approx(squared.mean() ** 0.5)
+    correct = rng.integers(0, 2, 400).astype(float)
+    assert example_scores("error", {"correct": correct}).mean() == pytest.approx(1 - correct.mean())
+    assert example_scores("f1", {"correct": correct}) is None
+
+
+def test_a_new_training_is_named_after_its_trial(searched):
+    first = plan(searched).queue[0]
+    assert isinstance(first, NewTraining)
+    assert first.label.startswith("trial ")

@@ -1,0 +1,166 @@
+"""The width is measured: the fastest within the memory, solo included."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from droptune.program.program import classification
+from droptune.sites.installed import find_program_sites
+from droptune.spec.objective import Objective
+from droptune.spec.spec import StudySpec
+from droptune.trainers import width
+from droptune.trainers.fused import Fused, make_trainer, trainer_of, widest
+from droptune.trainers.recipe import Recipe
+from droptune.trainers.solo import Solo
+from droptune.trainers.width import WidthChoice, choose_width
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    program = classification(
+        model=net, train=(x, (x[:, 0] > 0).long()), batch_size=8, epochs=2, lr=1e-3
+    )
+    return Recipe(program, find_program_sites(program).sites, Objective("nll"))
+
+
+class Paced:
+    """A real trainer on a clock of its own: `seconds(width)` for each interval."""
+
+    def __init__(self, recipe, wide, seconds, clock):
+        self._trainer = trainer_of(recipe, wide)
+        self._seconds, self._clock = seconds(wide), clock
+
+    def fill(self, index, training):
+        self._trainer.fill(index, training)
+
+    def train_interval(self):
+        self._clock[0] += self._seconds
+        return self._trainer.train_interval()
+
+
+@pytest.fixture
+def measured(recipe, monkeypatch):
+    """`choose_width` where an interval takes what a function of the width says."""
+    clock = [0.0]
+    monkeypatch.setattr(width.time, "perf_counter", lambda: clock[0])
+
+    def choose(seconds, **more):
+        make = lambda recipe, wide: Paced(recipe, wide, seconds, clock)  # noqa: E731
+        return choose_width(recipe, make, **more)
+
+    return choose
+
+
+def test_the_fastest_width_is_found_between_the_steps(measured):
+    choice = measured(lambda k: 1e-3 * (k if k <= 32 else 32 * (k / 32) ** 2) + 1e-2)
+    assert choice.width == 32
+    assert [tried.width for tried in choice.tried] == [1, 4, 16, 64, 8, 32]
+    assert "slower" in choice.ended
+
+
+def test_solo_wins_where_fusing_does_not_pay(measured):
+    choice = measured(lambda k: 0.01 * k * (1.0 if k == 1 else 1.3))
+    assert choice.width == 1
+    assert [tried.width for tried in choice.tried] == [1, 4, 16, 2]
+
+
+def test_fusing_that_costs_much_once_may_pay_later(measured):
+    choice = measured(lambda k: 5e-3 if k == 1 else 4e-2 + 1e-4 * k, most=64)
+    assert choice.width == 64
+
+
+def test_of_almost_equal_widths_the_narrowest_is_taken(measured):
+    choice = measured(lambda k: 1e-3 * k * (1.0 if k < 4 else 0.5 - 1e-3 * math.log(k)), most=16)
+    assert choice.width == 4
+
+
+def test_no_width_above_what_is_useful(measured):
+    choice = measured(lambda k: 0.1, most=20)
+    assert choice.width == 20
+    assert max(tried.width for tried in choice.tried) == 20
+
+
+def test_measuring_ends_where_it_would_take_long(measured):
+    choice = measured(lambda k: 1.0 * k)
+    assert choice.width == 1
+    assert "longer than 20 s" in choice.ended
+
+
+def test_the_memory_budget_ends_the_search(measured):
+    choice = measured(lambda k: 0.1, memory=0)
+    assert choice.width == 1
+    assert "would need more than" in choice.ended
+
+
+def test_a_width_that_runs_out_of_memory_is_not_taken(recipe):
+    def make(recipe, wide):
+        if wide >= 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return trainer_of(recipe, wide)
+
+    choice = choose_width(recipe, make)
+    assert choice.width < 16
+    assert "ran out of memory" in choice.ended
+
+
+def test_the_device_here_has_memory():
+    assert width.free_memory(torch.device("cpu")) > 2**20
+
+
+def test_a_choice_survives_json(measured):
+    choice = measured(lambda k: 0.1, most=4)
+    assert WidthChoice.from_json(choice.to_json()) == choice
+
+
+class Storage:
+    def __init__(self):
+        self.kept = {}
+
+    def remember_width(self, device, fingerprint, width):
+        self.kept[device, fingerprint] = width
+
+    def recall_width(self, device, fingerprint):
+        return self.kept.get((device, fingerprint))
+
+
+def studied(trainer="fused", wide="auto", trials=60):
+    spec = StudySpec.parse(
+        {"name": "x", "program": "x.py", "training": {"width": wide}, "budget": {"trials": trials}}
+    )
+    row = SimpleNamespace(meta={"trainer": trainer, "fingerprint": {"x.py": "1"}})
+    return SimpleNamespace(spec=spec, row=row, storage=Storage())
+
+
+def test_a_worker_measures_once_and_remembers(recipe, monkeypatch):
+    study = studied(trials=24)
+    first = make_trainer(recipe, study)
+    assert first.width <= 8
+    (kept,) = study.storage.kept.values()
+    assert kept["width"] == first.width
+    monkeypatch.setattr("droptune.trainers.fused.choose_width", None)
+    assert make_trainer(recipe, study).width == first.width
+
+
+def test_what_was_asked_for_is_not_measured(recipe):
+    assert isinstance(make_trainer(recipe, studied(trainer="solo")), Solo)
+    assert isinstance(make_trainer(recipe, studied(wide=1)), Solo)
+    fused = make_trainer(recipe, studied(wide=3))
+    assert isinstance(fused, Fused)
+    assert fused.width == 3
+    assert make_trainer(recipe, studied(wide=3), 2).width == 2
+
+
+def test_a_group_is_never_wider_than_a_third_of_the_trials():
+    assert widest(studied(trials=60).spec) == 20
+    assert widest(studied(trials=9).spec) == 8
+    assert widest(studied(trials=100_000).spec) == 256
