@@ -112,7 +112,7 @@ def comparisons(evidence: Evidence, found: Sequence[Comparison]) -> Table:
         "interval",
         "seeds",
         "p",
-        "would have seen",
+        "detectable",
         "stopped",
     )
     return Table(head, tuple(_comparison(metric, one) for one in found))

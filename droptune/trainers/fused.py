@@ -273,9 +273,9 @@ def fusible(recipe: Recipe) -> Fusibility:
         return Fusibility(False, _one_line(error))
     apart = max(_distance(a, b) for a, b in zip(alone, together, strict=True))
     if not apart <= tolerance:
-        return Fusibility(False, f"one fused update differs from solo by {apart:.1e}")
+        return Fusibility(False, f"tried: side by side they differ from alone by {apart:.1e}")
     condition = ", where trainings see the same batches" if fused.shares_batches else ""
-    return Fusibility(True, f"one fused update equals solo within {apart:.0e}{condition}")
+    return Fusibility(True, f"tried: each trains as it would alone{condition}")
 
 
 def _two_trainings(recipe: Recipe) -> list[Training]:

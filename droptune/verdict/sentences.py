@@ -43,9 +43,13 @@ def headline(evidence: Evidence, outcome: str, found: Found) -> str:
     return (
         f"No detectable difference: dropout changes {first.data} "
         f"{metric_name(evidence.objective.metric)} by {_change(evidence, first)}"
-        f"{_fairly(first)}; {difference(evidence.objective.metric, smallest, smallest)} would have "
-        "been seen."
+        f"{_fairly(first)}; {_detectable(evidence, smallest)}."
     )
+
+
+def _detectable(evidence: Evidence, smallest: float) -> str:
+    size = difference(evidence.objective.metric, smallest, smallest)
+    return f"a difference of {size} or more would have been detected"
 
 
 def _fairly(first: Comparison) -> str:
@@ -106,8 +110,7 @@ def baseline_sentence(evidence: Evidence, one: Comparison) -> str:
     smallest = one.difference.detectable
     return (
         f"Not told apart from {whom}: it changes {metric_name(evidence.objective.metric)} by "
-        f"{_change(evidence, one)}; "
-        f"{difference(evidence.objective.metric, smallest, smallest)} would have been seen."
+        f"{_change(evidence, one)}; {_detectable(evidence, smallest)}."
     )
 
 

@@ -23,7 +23,7 @@ from scipy import optimize, stats
 Array = NDArray[np.float64]
 
 ALPHA = 0.05  # two-sided, of one question
-POWER = 0.8  # what "would have been seen" means
+POWER = 0.8  # what "would have been detected" means
 LOOKS = 3  # how often a sequential comparison looks at its seeds
 
 

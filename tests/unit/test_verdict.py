@@ -268,7 +268,7 @@ def test_dropout_that_does_nothing():
     verdict = judge(confirm(world(flat), search(world(flat), trials=30)))
     assert verdict.outcome == "undetected"
     assert verdict.sentence.startswith("No detectable difference")
-    assert "would have been seen" in verdict.sentence
+    assert "or more would have been detected" in verdict.sentence
 
 
 def test_dropout_that_hurts():
