@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ class Program:
         order = torch.arange(min(size, train.n))
         if isinstance(train, InMemory):
             return train.gather(order)
-        return next(train.batches(order, seed=0, epoch=0, device="cpu"))
+        whole = replace(train, batch_size=size, workers=0)  # one batch, of whatever size
+        return next(whole.batches(order, seed=0, epoch=0, device="cpu"))
 
     @functools.cached_property
     def metric_names(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from droptune.program.data import Batch, InMemory, Splits, Streamed, place
 from droptune.program.program import Program
 from droptune.sites.installed import Installed, Site, install
-from droptune.trainers.feed import Feed
+from droptune.trainers.feed import Feed, size_of
 from droptune.trainers.schedule import Array, learning_rates
 from droptune.training import Assignment
 
@@ -67,7 +67,8 @@ class Recipe:
 
     def tiny(self, examples: int, updates: int = 1) -> Recipe:
         """The same on a few examples (of split seed 0) and with short intervals, to try it."""
-        data = InMemory(self.program.example_batch(examples), examples)
+        batch = self.program.example_batch(examples)
+        data = InMemory(batch, size_of(batch))
         made = replace(self, interval_updates=updates, _kept={})
         made._kept["splits", 0] = Splits(train=data, validation=data, test=None)
         return made

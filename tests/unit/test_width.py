@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from droptune.program.program import classification
 from droptune.sites.installed import find_program_sites
@@ -111,6 +112,20 @@ def test_a_width_that_runs_out_of_memory_is_not_taken(recipe):
     choice = choose_width(recipe, make)
     assert choice.width < 16
     assert "ran out of memory" in choice.ended
+
+
+class Examples(Dataset):
+    def __len__(self):
+        return 5  # fewer than a measurement asks for
+
+    def __getitem__(self, i):
+        return torch.full((4,), float(i)), i % 2
+
+
+def test_a_width_is_measured_on_streamed_data_in_small_batches():
+    program = classification(model=net, train=Examples(), batch_size=2, epochs=2, lr=1e-3)
+    recipe = Recipe(program, find_program_sites(program).sites, Objective("nll"))
+    assert choose_width(recipe, trainer_of, most=4).width in (1, 2, 4)
 
 
 def test_the_device_here_has_memory():
