@@ -196,25 +196,49 @@ class Claims:
         def work(connection: sa.Connection) -> Progress:
             query = sa.select(schema.studies, now().label("at"))
             row = connection.execute(query.where(schema.studies.c.id == study_id)).one_or_none()
-            if row is None:
-                return Progress("stopped", "done", 0, 0, 0, "deleted")
-            t = schema.trainings.c
-            counts = sa.select(t.state, sa.func.count()).where(
-                t.study_id == study_id, t.state.in_([State.QUEUED, State.RUNNING])
-            )
-            of_state = {row[0]: row[1] for row in connection.execute(counts.group_by(t.state))}
-            used = time_used(connection, row)
-            return Progress(
-                status=row.status,
-                phase=row.phase,
-                queued=of_state.get(State.QUEUED, 0),
-                running=of_state.get(State.RUNNING, 0),
-                tickets=tickets_left(row, None),
-                spent=_reached(used),
-                share=min(max(used.values(), default=0.0), 1.0),
-            )
+            return _progress(connection, row)
 
         return self.database.read(work)
+
+    def move_on(self, study_id: int, phase: str, *, to: str) -> bool:
+        """Change the phase where nothing is left in it; False where that is so no more.
+
+        Whoever queues trainings or raises the budget meanwhile is not passed over.
+        """
+        tried = False
+
+        def work(connection: sa.Connection) -> bool:
+            nonlocal tried
+            row = lock_study(connection, study_id)
+            left = _progress(connection, row)
+            if left.phase != phase or not left.idle:
+                return tried and left.phase == to
+            tried = True  # from here on a commit may succeed without its reply
+            chosen = schema.studies.c.id == study_id
+            connection.execute(schema.studies.update().where(chosen).values(phase=to))
+            return True
+
+        return self.database.write(work)
+
+
+def _progress(connection: sa.Connection, row: sa.Row[Any] | None) -> Progress:
+    if row is None:
+        return Progress("stopped", "done", 0, 0, 0, "deleted")
+    t = schema.trainings.c
+    counts = sa.select(t.state, sa.func.count()).where(
+        t.study_id == row.id, t.state.in_([State.QUEUED, State.RUNNING])
+    )
+    of_state = {each[0]: each[1] for each in connection.execute(counts.group_by(t.state))}
+    used = time_used(connection, row)
+    return Progress(
+        status=row.status,
+        phase=row.phase,
+        queued=of_state.get(State.QUEUED, 0),
+        running=of_state.get(State.RUNNING, 0),
+        tickets=tickets_left(row, None),
+        spent=_reached(used),
+        share=min(max(used.values(), default=0.0), 1.0),
+    )
 
 
 def lock_held(

@@ -175,6 +175,7 @@ def _lock(database: Database) -> Iterator[None]:
             # Of the transaction, not of the session: a session is not kept behind pgbouncer.
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
         else:
+            connection.execute(sa.text(f"SET SESSION wait_timeout = {LOCK_SECONDS}"))
             name = f"droptune {database.address.url.database}"[:64]
             got = connection.execute(sa.select(sa.func.get_lock(name, LOCK_SECONDS))).scalar()
             if got != 1:

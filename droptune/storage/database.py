@@ -2,7 +2,9 @@
 
 SQLite writes begin IMMEDIATE (a deferred transaction that starts to write later fails at once
 under WAL instead of waiting). PostgreSQL and MySQL run READ COMMITTED on connections that are
-closed after each burst of transactions: hundreds of workers then hold no more than a few.
+closed after each burst of transactions: hundreds of workers then hold no more than a few. There
+the server itself ends a transaction that stands still: a worker that was frozen in the middle of
+one, or cut off, keeps no row locked for long.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ Row = Mapping[str, Any]
 
 BUSY_SECONDS = 60.0  # how long a SQLite writer waits for the others
 LONGEST_PAUSE = 5.0  # between two attempts to reach an absent database
+STANDING_SECONDS = 30.0  # how long a transaction that writes may wait for its client
 
 
 class now(FunctionElement[float]):  # reads as SQL
@@ -78,14 +81,21 @@ class Database:
     lost), so it must come to the same end when its first run was committed. `away` is set while
     the database cannot be reached; after `patience` seconds of that a call gives up: with
     WorkRemainsError where patience was asked for, with StorageError at once where it was not.
+    A server ends a transaction whose client says nothing for `standing_seconds`; SQLite cannot.
     """
 
-    def __init__(self, address: Address, *, patience: float = 0.0) -> None:
+    def __init__(
+        self,
+        address: Address,
+        *,
+        patience: float = 0.0,
+        standing_seconds: float = STANDING_SECONDS,
+    ) -> None:
         self.address = address
         self.patience = patience
         self.away = threading.Event()
         self._returned = -math.inf  # when (monotonic) the last absence ended
-        self.engine = _engine(address)
+        self.engine = _engine(address, standing_seconds)
         self._writing = self.engine.execution_options(droptune_writes=True)
 
     @property
@@ -161,6 +171,8 @@ class Database:
     def _trouble(self, error: BaseException) -> Trouble:
         if isinstance(error, sa.exc.DBAPIError):
             cause = error.orig
+            if getattr(cause, "sqlstate", None) == _STOOD_STILL:
+                return Trouble.CONFLICT
             if error.connection_invalidated:
                 return Trouble.AWAY
             if isinstance(error, sa.exc.IntegrityError):
@@ -222,14 +234,19 @@ def clock(connection: sa.Connection) -> float:
 # -- engines ------------------------------------------------------------------------------------
 
 
-def _engine(address: Address) -> sa.Engine:
+def _engine(address: Address, standing_seconds: float) -> sa.Engine:
     options = engine_options(address)
-    engine = sa.create_engine(address.url, **options)
     if address.dialect == "sqlite":
+        engine = sa.create_engine(address.url, **options)
         sa.event.listen(engine, "connect", _prepare_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
-    elif address.dialect == "mysql":
-        sa.event.listen(engine, "connect", _prepare_mysql)
+    elif address.dialect == "postgresql":
+        options["isolation_level"] = "AUTOCOMMIT"  # the driver itself begins no transaction
+        engine = sa.create_engine(address.url, **options)
+        sa.event.listen(engine, "begin", _begin_postgresql(standing_seconds))
+    else:
+        engine = sa.create_engine(address.url, **options)
+        sa.event.listen(engine, "connect", _prepare_mysql(standing_seconds))
     return engine
 
 
@@ -269,9 +286,26 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _prepare_mysql(connection: Any, record: Any) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute("SET SESSION time_zone = '+00:00'")
+def _begin_postgresql(standing_seconds: float) -> Callable[[sa.Connection], None]:
+    """Of the transaction, not of the session: pgbouncer keeps none; and in the same message."""
+    begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
+    bound = f"SET LOCAL idle_in_transaction_session_timeout = {round(1000 * standing_seconds)}"
+
+    def listener(connection: sa.Connection) -> None:
+        writes = connection.get_execution_options().get("droptune_writes")
+        connection.exec_driver_sql(f"{begin}; {bound}" if writes else begin)
+
+    return listener
+
+
+def _prepare_mysql(standing_seconds: float) -> Callable[[Any, Any], None]:
+    seconds = max(round(standing_seconds), 1)
+
+    def listener(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET SESSION time_zone = '+00:00', wait_timeout = {seconds}")
+
+    return listener
 
 
 # -- what a driver's error means ----------------------------------------------------------------
@@ -310,6 +344,7 @@ _FOR_GOOD = (
     "authentication failed", "does not exist", "no password", "no pg_hba.conf entry",
     "permission denied", "not permitted", "certificate", "SSL",
 )  # fmt: skip
+_STOOD_STILL = "25P03"  # idle_in_transaction_session_timeout: PostgreSQL ended the transaction
 # Lost, full of clients, stopping or starting, disk full, read-only while another takes over.
 _POSTGRESQL_AWAY = ("08", "53300", "53100", "57P01", "57P02", "57P03", "25006")
 _MYSQL_AWAY = (

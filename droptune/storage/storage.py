@@ -61,7 +61,8 @@ class Storage(Studies, Queue, Claims, Measurements, Workers, Ledger, Results):
         lease_seconds: float = LEASE_SECONDS,
     ) -> Self:
         """Open a database (with `create`: make its tables first); StorageError in one line."""
-        database = Database(Address.parse(url), patience=patience)
+        standing = lease_seconds / 2  # who is frozen loses its locks before its leases
+        database = Database(Address.parse(url), patience=patience, standing_seconds=standing)
         (creation.create if create else creation.check)(database)
         return cls(database, lease_seconds=lease_seconds)
 

@@ -18,6 +18,7 @@ from test_storage_many import check_complete, work
 
 from droptune.errors import StorageError, WorkRemainsError
 from droptune.storage import Budget, Storage
+from droptune.storage.studies import lock_study
 from droptune.training import Measurement, State
 
 processes = multiprocessing.get_context("forkserver")
@@ -233,3 +234,54 @@ def test_a_postgresql_that_dies_under_load_loses_nothing(mortal, end):
         process.join(timeout=120)
         assert process.exitcode == 0
     check_complete(storage, study, count)
+
+
+# -- a worker that is frozen --------------------------------------------------------------------
+
+
+def freeze_while_writing(url, name, frozen):
+    """Record an interval, and be stopped (SIGSTOP) when all is locked and nothing committed."""
+    storage = Storage.open(url, patience=60.0, lease_seconds=4.0)
+    study = storage.study(name)
+    worker = storage.register_worker(host="here", pid=os.getpid(), device="cpu")
+    (training,) = storage.claim(study.id, worker, 1)
+    write, times = storage._write_progress, []
+
+    def stop(connection, held):
+        write(connection, held)
+        lock_study(connection, study.id)
+        times.append(time.monotonic())
+        if len(times) == 1:
+            frozen.set()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    storage._write_progress = stop
+    lost = storage.record([(training, Measurement(1, {"val/nll": 1.0}))], ["val/nll"])
+    assert lost == {training.id}
+
+
+@pytest.mark.databases("postgresql", "mysql")
+def test_a_worker_frozen_in_a_transaction_keeps_nobody_waiting(storage, url):
+    study = create(storage, budget=Budget(trials=2))
+    frozen = processes.Event()
+    late = processes.Process(target=freeze_while_writing, args=(url, study.name, frozen))
+    late.start()
+    assert frozen.wait(60)
+    storage.database.present_seconds = lambda connection: 1e9
+    ended = []
+    deadline = time.monotonic() + 60
+    try:
+        while len(ended) < 2:
+            assert time.monotonic() < deadline, "its rows stay locked"
+            storage.requeue_stale()
+            for training in storage.claim(study.id, 7, 2):
+                storage.record([(training, Measurement(1, {"val/nll": 0.5}))], ["val/nll"])
+                assert storage.finish(training, State.COMPLETE, values=[0.5])
+                ended.append(training.number)
+            time.sleep(0.05)
+    finally:
+        os.kill(late.pid, signal.SIGCONT)
+    late.join(60)
+    assert late.exitcode == 0  # it ran its transaction again, and found its lease lost
+    assert sorted(ended) == [0, 1]
+    assert {r.curves["val/nll"] for r in storage.records(study.id)} == {(0.5,)}

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -236,12 +238,27 @@ def test_without_until_done_an_idle_worker_ends(storage, url, folder):
         assert busy.exitcode is None
 
 
+def freeze(worker, storage):
+    """Stop a worker; not while it writes to SQLite, whose only lock nobody can take from it."""
+    os.kill(worker.pid, signal.SIGSTOP)
+    file = storage.database.address.path
+    while file is not None:
+        try:
+            with closing(sqlite3.connect(file, timeout=0.5, isolation_level=None)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                return
+        except sqlite3.OperationalError:
+            os.kill(worker.pid, signal.SIGCONT)
+            time.sleep(0.02)
+            os.kill(worker.pid, signal.SIGSTOP)
+
+
 def test_a_worker_that_was_believed_dead_cannot_write(storage, url, folder, undisturbed):
     study = make_study(storage, folder)
     with Crew(url, folder) as crew:
         late = crew.start("study", "--until-done", SLOW=SLOW)
         held = training_of(storage, late)
-        os.kill(late.pid, signal.SIGSTOP)
+        freeze(late, storage)
         other = crew.start("study", "--until-done")
         assert end(other) == 0  # it took over when the lease had run out
         assert study.phase() == "done"
