@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from droptune.verdict.evidence import Evidence
     from droptune.verdict.verdict import Verdict
 
+log = logging.getLogger("droptune.study")
+
 EXAMPLE_SCORES = ("nll", "correct", "brier", "mse", "mae")
 
 
@@ -261,18 +263,23 @@ class Study:
         phase, left = self.phase(), self.storage.progress(self.row.id)
         if phase in ("done", "stopped") or not left.idle:
             return False
+        if phase == "searching" and not self.storage.move_on(self.row.id, phase, to="confirming"):
+            return False
         from droptune.verdict.confirmation import plan as make_plan
+        from droptune.verdict.verdict import judge
 
         evidence = self.evidence()
         plan = make_plan(evidence)
         if not plan.decided and not left.spent:
-            # where another worker was first, what it queued is there already
-            self.storage.update_study(self.row.id, phase="confirming", if_phase="searching")
-            return bool(plan.queue) and bool(self.storage.enqueue(self.row.id, plan.queue))
-        from droptune.verdict.verdict import judge
-
+            if self.storage.enqueue(self.row.id, plan.queue):
+                return True
+            if not self.storage.progress(self.row.id).idle:
+                return False  # another worker was first: what it queued is there already
+            if len(self.evidence().records) > len(evidence.records):
+                return False  # and it is trained already
+            log.warning("%s: no training is left for what is missing (%s)", self.name, plan.reason)
         self.storage.put_verdict(self.row.id, judge(evidence).to_json())
-        self.storage.update_study(self.row.id, phase="done", if_phase=phase)
+        self.storage.move_on(self.row.id, "confirming", to="done")
         return False
 
     def evidence(self) -> Evidence:
@@ -310,8 +317,18 @@ class Study:
         return self.storage.get_verdict(self.row.id)
 
     def confirm(self, *, top: int | None, max_seeds: int | None, ablate: bool) -> int:
-        """Queue confirmations (more of them, or ablations); returns how many were queued."""
+        """Queue confirmations (more of them, or ablations); returns how many were queued.
+
+        Ends the search where it is still going on. StorageError where nothing may start any more.
+        """
         from droptune.verdict.confirmation import plan
+
+        spent = self.storage.progress(self.row.id).spent
+        if spent is not None:
+            raise StorageError(
+                f"study {self.name!r} has used up its {spent}: raise the budget in its file and "
+                "run that again"
+            )
 
         changes: dict[str, Any] = {"enabled": True}
         changes |= {} if top is None else {"top": top}
@@ -320,8 +337,9 @@ class Study:
             changes["share"] = 1.0  # what is asked for counts before the budget's share
         changes |= {"ablate": True} if ablate else {}
         self.reconfigure(confirm=replace(self.spec.confirm, **changes))
-        queued = self.storage.enqueue(self.row.id, plan(self.evidence()).queue)
-        if queued:
+        planned = plan(self.evidence())
+        queued = self.storage.enqueue(self.row.id, planned.queue)
+        if not planned.decided:
             self.storage.update_study(self.row.id, phase="confirming")
         return len(queued)
 

@@ -1,0 +1,151 @@
+"""A study moves through its phases to its end, whatever is asked of it on the way."""
+
+import logging
+
+import numpy as np
+import pytest
+from crew import make_study
+
+from droptune.errors import StorageError
+from droptune.storage import Ending, Storage
+from droptune.study import Study
+from droptune.training import Measurement, State, TrainingKind
+
+CONFIRM = "{top: 2, min_seeds: 2, max_seeds: 4, share: 0.5}"
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage.open(f"sqlite:///{tmp_path}/study.db", create=True)
+
+
+def make(storage, folder, trials, **changes):
+    given = {"budget": f"{{trials: {trials}}}", "baselines": "{trials: 2}", "confirm": CONFIRM}
+    return make_study(storage, folder, **{**given, **changes})
+
+
+class Player:
+    """A worker that makes results up; what fails, fails at random."""
+
+    def __init__(self, storage, seed=0, failing=0.0):
+        self.storage, self.failing = storage, failing
+        self.rng = np.random.default_rng(seed)
+        self.id = storage.register_worker(host="here", pid=1, device="cpu", info={})
+
+    def train(self, study, limit=4):
+        trainings = study.claim(self.id, limit)
+        items = [(t, Measurement(1, {"val/nll": self.value(t.assignment)})) for t in trainings]
+        self.storage.record(items, ["val/nll"])
+        self.storage.finish_all([self.ending(t, m.values["val/nll"]) for t, m in items])
+        return trainings
+
+    def value(self, assignment):
+        return 0.5 - 0.05 * assignment.mean_rate + self.rng.normal(0, 0.01)
+
+    def ending(self, training, value):
+        if self.rng.random() < self.failing:
+            return Ending(training, State.FAIL, reason="made up")
+        return Ending(training, State.COMPLETE, [value], best_interval=1)
+
+    def play(self, study, rounds=200):
+        """Train until the study is done."""
+        for _ in range(rounds):
+            if study.phase() == "done":
+                return
+            if self.storage.progress(study.row.id).claimable:
+                self.train(study)
+            else:
+                study.advance()
+        left = self.storage.progress(study.row.id)
+        raise AssertionError(f"it does not come to an end: {left}")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_budget_may_be_raised_again_and_again(storage, tmp_path, seed):
+    """A new winner has a new twin without dropout: its label is known, its assignment is not."""
+    player = Player(storage, seed, failing=0.1 * (seed % 2))
+    for trials in (12, 13, 15, 20):
+        study = make(storage, tmp_path, trials, seed=seed)
+        player.play(study)
+        trained = [r for r in study.records() if r.training.kind.is_trial]
+        assert len(trained) == trials
+        assert study.verdict()["confirmed"] or seed % 2
+
+
+def test_confirmations_queued_at_the_last_moment_are_trained(storage, tmp_path, monkeypatch):
+    study, player = make(storage, tmp_path, 12), Player(storage)
+    player.play(study)
+    storage.update_study(study.row.id, phase="confirming")  # as if a worker were about to end it
+    put = storage.put_verdict
+
+    def meanwhile(*given):
+        monkeypatch.undo()
+        put(*given)
+        assert Study.open(storage, study.name).confirm(top=None, max_seeds=6, ablate=False)
+
+    monkeypatch.setattr(storage, "put_verdict", meanwhile)
+    assert not study.advance()
+    assert study.phase() == "confirming"
+    assert storage.progress(study.row.id).claimable
+    player.play(study)
+
+
+def test_confirming_again_finds_what_waits(storage, tmp_path):
+    study, player = make(storage, tmp_path, 12), Player(storage)
+    player.play(study)
+    assert study.confirm(top=None, max_seeds=6, ablate=False) > 0
+    storage.update_study(study.row.id, phase="done")
+    assert study.confirm(top=None, max_seeds=6, ablate=False) == 0
+    assert study.phase() == "confirming"
+    player.play(study)
+
+
+def test_what_cannot_be_trained_is_said_and_ends(storage, tmp_path, monkeypatch, caplog):
+    study, player = make(storage, tmp_path, 12), Player(storage)
+    while storage.progress(study.row.id).claimable:
+        player.train(study)
+    monkeypatch.setattr(storage, "enqueue", lambda *given, **more: [])
+    with caplog.at_level(logging.WARNING, "droptune.study"):
+        assert not study.advance()
+    assert study.phase() == "done"
+    assert "no training is left for what is missing" in caplog.text
+    assert not study.verdict()["confirmed"]
+
+
+def test_another_worker_that_was_first_is_waited_for(storage, tmp_path):
+    study, player = make(storage, tmp_path, 12), Player(storage)
+    while storage.progress(study.row.id).claimable:
+        player.train(study)
+    assert Study.open(storage, study.name).advance()
+    assert not study.advance()
+    assert study.phase() == "confirming"
+    confirmations = [r for r in study.records() if r.training.kind is TrainingKind.CONFIRMATION]
+    assert len({(r.training.label, r.training.seed_index) for r in confirmations}) == len(
+        confirmations
+    )
+
+
+def test_a_budget_raised_at_the_last_moment_is_spent(storage, tmp_path, monkeypatch):
+    study, player = make(storage, tmp_path, 12), Player(storage)
+    player.play(study)
+    storage.update_study(study.row.id, phase="searching")
+    progress = storage.progress
+
+    def meanwhile(study_id):
+        monkeypatch.undo()
+        found = progress(study_id)
+        make(storage, tmp_path, 14)
+        return found
+
+    monkeypatch.setattr(storage, "progress", meanwhile)
+    assert not study.advance()
+    assert study.phase() == "searching"
+    player.play(study)
+    assert len([r for r in study.records() if r.training.kind.is_trial]) == 14
+
+
+def test_confirming_beyond_the_deadline_is_refused(storage, tmp_path):
+    budget = "{trials: 12, deadline: 2020-01-01T00:00:00Z}"
+    study = make(storage, tmp_path, 12, budget=budget)
+    with pytest.raises(StorageError, match="has used up its deadline: raise the budget"):
+        study.confirm(top=None, max_seeds=None, ablate=False)
