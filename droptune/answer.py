@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from droptune.errors import DroptuneError
 from droptune.progress import Progress
-from droptune.training import Assignment, Record
+from droptune.script import script
+from droptune.training import Assignment, Record, State, TrainingKind
 
 if TYPE_CHECKING:
     from droptune.study import Study
 
+USUAL = ("nll", "accuracy", "ece", "rmse")  # what people compare by, beside the objectives
+FOUND = "dropout found"
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A configuration on the verdict's fresh seeds: means of what was measured."""
+
+    label: str
+    assignment: Assignment
+    seeds: int
+    means: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        means = {"seeds": self.seeds, "means": dict(self.means)}
+        return {"label": self.label, **means, **self.assignment.to_json()}
+
 
 def to_json(study: Study) -> dict[str, Any]:
-    """The answer of a study as plain JSON values."""
+    """The answer of a study as plain JSON values; `best` and `baselines` are of the search."""
     progress = study.progress()
     record = _best(study, progress)
     objective = study.objectives[0]
     return {
         "study": study.name,
-        "phase": study.row.phase,
+        "phase": study.phase(),
         "objective": {"metric": objective.key, "take": objective.take},
         "budget": {"intervals": study.intervals, "samples": study.row.meta["samples"]},
         "best": _record_json(record),
         "baselines": {
             label: found and _record_json(found) for label, found in progress.baselines.items()
         },
+        "merged_baselines": study.space.merged(study.spec.baselines),
+        "confirmed": [one.to_json() for one in confirmed(study)],
         "author_rates": {site.path: site.rate for site in study.sites},
         "author_lr": study.row.meta["author_lr"],
         "cost": {"intervals": progress.intervals, "device_seconds": progress.device_seconds},
@@ -35,12 +58,14 @@ def to_json(study: Study) -> dict[str, Any]:
 
 
 def _best(study: Study, progress: Progress) -> Record:
-    if progress.best is None:
-        raise DroptuneError(
-            f"study {study.name!r} has no completed trial yet; "
-            f"see `droptune study show {study.name}`"
-        )
-    return progress.best
+    if progress.best is not None:
+        return progress.best
+    failed = [r for r in study.records() if r.state is State.FAIL and r.reason]
+    if failed and progress.counts[State.FAIL] == progress.finished:
+        why = f": all {progress.finished} failed, {failed[0].training.name} with {failed[0].reason}"
+    else:
+        why = f"; see `droptune study show {study.name}`"
+    raise DroptuneError(f"study {study.name!r} has no completed trial yet{why}")
 
 
 def _record_json(record: Record) -> dict[str, Any]:
@@ -58,19 +83,58 @@ def _assignment(record: Record) -> Assignment:
     return record.training.assignment
 
 
+def confirmed(study: Study) -> list[Confirmed]:
+    """The winner and what it was compared with, on the seeds that the verdict is made from."""
+    verdict = study.verdict() or {}
+    compared = verdict.get("comparisons", [])
+    if not compared:
+        return []
+    winner = {"against": FOUND, "assignment": verdict["winner"]["assignment"]}
+    winner["seeds"] = sorted({seed for one in compared for seed in one["seeds"]})
+    records = [r for r in study.records() if r.training.kind is TrainingKind.CONFIRMATION]
+    scored = study.storage.scores(study.row.id, "test", "metrics")
+    tests = {id_: json.loads(content) for id_, content in scored.items()}
+    return [_confirmed(one, records, tests) for one in (winner, *compared)]
+
+
+def _confirmed(
+    one: Mapping[str, Any], records: Sequence[Record], tests: Mapping[int, Mapping[str, float]]
+) -> Confirmed:
+    assignment = Assignment.from_json(one["assignment"])
+    mine = [
+        {**_measured(r), **{f"test/{k}": v for k, v in tests.get(r.training.id, {}).items()}}
+        for r in records
+        if r.training.assignment == assignment
+        and r.training.seed_index in one["seeds"]
+        and r.state is State.COMPLETE
+    ]
+    keys = [key for key in (mine[0] if mine else {}) if all(key in values for values in mine)]
+    means = {key: fmean(values[key] for values in mine) for key in keys}
+    return Confirmed(one["against"], assignment, len(mine), means)
+
+
+def _measured(record: Record) -> dict[str, float]:
+    """What was measured at the interval that the objective was taken at."""
+    at = (record.best_interval or record.intervals_done) - 1
+    return {key: curve[at] for key, curve in record.curves.items() if len(curve) > at}
+
+
+# -- in words -------------------------------------------------------------------------------------
+
+
 def text(study: Study) -> str:
     """The answer of a study in a few lines."""
     progress = study.progress()
     best = _best(study, progress)
     verdict = study.verdict()
-    lines = [_heading(study), _sentence(verdict), ""]
+    lines = [_heading(study), *_sentences(study, verdict), ""]
     if verdict is None or verdict["recommended"] is None:
         lines += [f"best of the search: {best.training.name}:", *_rates(study, _assignment(best))]
     else:
         reason = verdict["recommended"]["reason"]
         lines += [f"recommended ({reason}):", *_rates(study, _chosen(study, progress))]
         lines += [f"note: {hint}" for hint in (*verdict["warnings"], *verdict["hints"])]
-    lines += ["", *_comparison(study, progress, best), _cost(progress)]
+    lines += ["", *_comparison(study, progress, best), "", _cost(progress)]
     return "\n".join(lines)
 
 
@@ -82,10 +146,14 @@ def _chosen(study: Study, progress: Progress) -> Assignment:
     return _assignment(_best(study, progress))
 
 
-def _sentence(verdict: Mapping[str, Any] | None) -> str:
+def _sentences(study: Study, verdict: Mapping[str, Any] | None) -> list[str]:
+    """The verdict, the question of the study first; or that there is none yet."""
+    phase = study.phase()
     if verdict is None:
-        return "NOT CONFIRMED: these are values of the search, on one seed each"
-    return str(verdict["sentence"])
+        return [f"NOT CONFIRMED ({phase}): these are values of the search, on one seed each"]
+    said = [verdict["sentence"], verdict["second"], *verdict["details"]]
+    going_on = [] if phase == "done" else [f"The study is {phase}; its last verdict was:"]
+    return [*going_on, *(str(sentence) for sentence in said if sentence)]
 
 
 def _heading(study: Study) -> str:
@@ -98,48 +166,121 @@ def _heading(study: Study) -> str:
 
 
 def _rates(study: Study, assignment: Assignment) -> list[str]:
-    lines = [f"  {'lr':<32} {assignment.lr:<10.4g} author's {study.row.meta['author_lr']:g}"]
+    rows = [("lr", f"{assignment.lr:.4g}", f"author's {study.row.meta['author_lr']:g}")]
     for site in study.sites:
         rate = assignment.rates.get(site.path, site.rate)
-        lines.append(f"  {site.path:<32} {rate:<10.3f} author's {site.rate:g}")
-    return lines + [f"  {key:<32} {value}" for key, value in assignment.values.items()]
+        whose = "inserted" if site.inserted else f"author's {site.rate:g}"
+        rows.append((site.path, f"{rate:.3f}", whose))
+    rows += [(key, shown(value), "") for key, value in assignment.values.items()]
+    return [f"  {line}" for line in _aligned(rows)]
 
 
-def _comparison(study: Study, progress: Progress, best: Record) -> list[str]:
-    keys = [key for key in _shown(study) if key in best.curves]
-    head = "".join(f"{key:>14}" for key in keys)
-    lines = [f"{'each at its own best lr':<26}{'lr':>10}{head}"]
-    for name, record in {"best": best, **progress.baselines}.items():
-        if record is None:
-            lines.append(f"{name:<26}  no completed trial")
-            continue
-        at = (record.best_interval or record.intervals_done) - 1
-        figures = "".join(f"{record.curves[key][at]:>14.4f}" for key in keys)
-        lines.append(f"{name:<26}{_assignment(record).lr:>10.3g}{figures}")
-    return lines
+def shown(value: float | str) -> str:
+    """A searched value as people read it."""
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _shown(study: Study) -> list[str]:
-    """The objectives first, then what people compare by."""
-    usual = ("val/nll", "val/accuracy", "val/ece", "val/rmse")
-    return list(dict.fromkeys([*(objective.key for objective in study.objectives), *usual]))
+def _comparison(study: Study, progress: Progress, best: Record) -> Iterator[str]:
+    """The confirmed means where there are any, else the values of the search."""
+    known = confirmed(study)
+    if known:
+        yield (
+            "confirmed: means over fresh seeds, each at the best learning rate of its own search "
+            "(val: validation data, test: test data)"
+        )
+        keys = _keys(study, [one.means for one in known])
+        head = ("", "seeds", "lr", *keys)
+        yield from _aligned([head, *(_confirmed_row(one, keys) for one in known)])
+    else:
+        yield (
+            "of the search, one training each, so the best looks better than it is "
+            "(val: validation data; each at its own best learning rate)"
+        )
+        found = {"best": best, **progress.baselines}
+        keys = _keys(study, [_measured(record) for record in found.values() if record])
+        head = ("", "trial", "lr", *keys)
+        yield from _aligned([head, *(_search_row(*item, keys) for item in found.items())])
+    yield from _left_out(study, progress, {one.label for one in known})
+
+
+def _confirmed_row(one: Confirmed, keys: Sequence[str]) -> tuple[str, ...]:
+    numbers = (f"{one.means[key]:.4f}" if key in one.means else "–" for key in keys)
+    return (one.label, str(one.seeds), f"{one.assignment.lr:.3g}", *numbers)
+
+
+def _search_row(label: str, record: Record | None, keys: Sequence[str]) -> tuple[str, ...]:
+    if record is None:
+        return (label, "no completed trial", *("" for _ in range(1 + len(keys))))
+    values = _measured(record)
+    numbers = (f"{values[key]:.4f}" if key in values else "–" for key in keys)
+    return (label, str(record.training.number), f"{_assignment(record).lr:.3g}", *numbers)
+
+
+def _left_out(study: Study, progress: Progress, confirmed: set[str]) -> Iterator[str]:
+    """Baselines without a row, and why."""
+    for label, same in study.space.merged(study.spec.baselines).items():
+        yield f"{label} has the rates of {same} here, and is trained once, as {same}"
+    for label, record in progress.baselines.items():
+        if confirmed and label not in confirmed and record is not None:
+            value = f"{study.objectives[0].key} {record.value:.4f}"
+            yield f"{label} was not confirmed; its best of the search had {value}"
+
+
+def _keys(study: Study, measured: Sequence[Mapping[str, float]]) -> list[str]:
+    """The objectives, then what people compare by: on test data where all have that."""
+    known = [key for key in measured[0] if all(key in values for values in measured)]
+    split = "test" if any(key.startswith("test/") for key in known) else "val"
+    metrics = dict.fromkeys([*(objective.metric for objective in study.objectives), *USUAL])
+    wanted = [objective.key for objective in study.objectives]
+    wanted += [f"{split}/{metric}" for metric in metrics]
+    return [key for key in dict.fromkeys(wanted) if key in known]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in columns: the first from the left, numbers from the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i > 0 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _cost(progress: Progress) -> str:
+    many = progress.confirmations[0]
     return (
-        f"cost: {progress.finished} trials and {progress.confirmations[0]} confirmations, "
-        f"{progress.intervals} intervals, {progress.device_seconds:.0f} device-seconds"
+        f"cost: {counted(progress.finished, 'trial')} and {counted(many, 'confirmation')}, "
+        f"{counted(progress.intervals, 'interval')}, {duration(progress.device_seconds)} of "
+        "training on the device"
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3:20 min`, `2:05:00 h`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d} h"
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
 
 
 def code(study: Study) -> str:
-    """Lines to paste into a training script: the rates, the learning rate, and where from."""
+    """Lines to paste into a training script: the whole configuration, and where it is from."""
+    verdict = study.verdict()
     assignment = _chosen(study, study.progress())
-    rates = "\n".join(f"    {path!r}: {rate:.4g}," for path, rate in assignment.rates.items())
-    return (
-        f"# {_heading(study)}\n"
-        f"# {_sentence(study.verdict())}\n"
-        "import droptune\n\n"
-        f"droptune.apply_rates(model, {{  # probability of zeroing\n{rates}\n}})\n"
-        f"lr = {assignment.lr:.6g}"
+    return script(
+        assignment, study.sites, _heading(study), _sentences(study, verdict)[0], _shape(study)
     )
+
+
+def _shape(study: Study) -> str:
+    spec, objective = study.spec, study.objectives[0]
+    keep = "keep the last" if objective.take == "last" else f"keep the best {objective.key}"
+    return f"train {counted(spec.epochs or 0, 'epoch')} and {keep}; rates belong to that length"

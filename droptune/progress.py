@@ -15,12 +15,15 @@ from droptune.training import Record, State, TrainingKind
 class Progress:
     """The state of a study at one moment.
 
-    `counts` are trials by state; `confirmations` are (finished, queued and running ones too);
-    `per_minute` counts trials that ended in the last minutes; `seconds_left` is None while
-    unknown. `intervals` is what the study has cost so far.
+    `counts` are trials by state, `running` is how many trainings of any kind run; `confirmations`
+    are (finished, queued and running ones too); `baselines` maps each label to the best trial
+    with its rates, whoever proposed it; `per_minute` counts trainings that ended in the last
+    minutes; `seconds_left`, None while unknown, is for what is queued and the rest of the search.
+    `intervals` is what the study has cost so far.
     """
 
     counts: Mapping[State, int]
+    running: int
     total: int | None
     confirmations: tuple[int, int]
     best: Record | None
@@ -46,14 +49,13 @@ def measure(
     remaining = _remaining(trials, others, total)
     return Progress(
         counts={state: counts[state] for state in State},
+        running=sum(r.state is State.RUNNING for r in records),
         total=total,
         confirmations=(sum(r.state.finished for r in others), len(others)),
         best=best(trials, direction),
         baselines={
-            label: best([r for r in trials if r.training.label == label], direction)
-            for label in dict.fromkeys(
-                r.training.label for r in trials if r.training.kind is TrainingKind.BASELINE
-            )
+            label: best([r for r in trials if _rates(r) == rates], direction)
+            for label, rates in _baseline_rates(trials).items()
         },
         per_minute=per_minute,
         seconds_left=60 * remaining / per_minute if remaining and per_minute else None,
@@ -67,6 +69,16 @@ def best(records: Sequence[Record], direction: str) -> Record | None:
     complete = [r for r in records if r.state is State.COMPLETE and r.value is not None]
     sign = 1 if direction == "minimize" else -1
     return min(complete, key=lambda r: (sign * (r.value or 0.0), r.training.id), default=None)
+
+
+def _baseline_rates(trials: Sequence[Record]) -> dict[str, Mapping[str, float] | None]:
+    queued = (r for r in trials if r.training.kind is TrainingKind.BASELINE)
+    return {record.training.label: _rates(record) for record in queued}
+
+
+def _rates(record: Record) -> Mapping[str, float] | None:
+    assignment = record.training.assignment
+    return None if assignment is None else assignment.rates
 
 
 def _per_minute(records: Sequence[Record], now: datetime) -> float:

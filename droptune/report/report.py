@@ -10,10 +10,11 @@ from typing import Any
 from droptune.errors import UsageError, nearest
 from droptune.report import tables
 from droptune.report.tables import Table
+from droptune.script import script
 from droptune.search.audit import Audit
 from droptune.verdict.evidence import Evidence
 from droptune.verdict.verdict import Verdict, members
-from droptune.verdict.wording import difference, learning_rate, level, metric_name, rate
+from droptune.verdict.wording import difference, level, metric_name
 
 FORMATS = ("html", "markdown", "text", "json")
 BADGES = {
@@ -113,17 +114,12 @@ def price(verdict: Verdict) -> str:
     )
 
 
-def code(verdict: Verdict) -> str:
+def code(evidence: Evidence, verdict: Verdict) -> str:
     """Lines to paste into a training script."""
     if verdict.recommended is None:
         return ""
-    found = verdict.recommended.assignment
-    lines = "\n".join(f"    {path!r}: {rate(value)}," for path, value in found.rates.items())
-    return (
-        f"# {verdict.study}: {verdict.sentence}\n"
-        "import droptune\n\n"
-        f"droptune.apply_rates(model, {{  # probability of zeroing\n{lines}\n}})\n"
-        f"lr = {learning_rate(found.lr)}"
+    return script(
+        verdict.recommended.assignment, evidence.sites, f"{verdict.study}: {verdict.sentence}"
     )
 
 
@@ -211,7 +207,7 @@ def html(evidence: Evidence, verdict: Verdict) -> str:
         cost=cost(evidence, verdict),
         curse=curse(evidence, verdict),
         price=price(verdict),
-        code=code(verdict),
+        code=code(evidence, verdict),
         metric=metric_name(evidence.objective.metric),
     )
 

@@ -27,7 +27,8 @@ def apply_rates(
 ) -> Applied:
     """Sets `rates` (site path -> probability of zeroing) on the attributes that hold them.
 
-    `sites`, from `find_sites`, say which these are; without them they are looked for by name.
+    `sites`, from `find_sites`, say which these are; without them they are looked for by name. An
+    attribute's own path (`encoder.0.drop.p`) names it for certain.
     What cannot be set in place (a literal in the code, an attribute that sites of different
     rates share, an inserted site) is left as it is, and told. Raises SiteError on an impossible
     rate and on a path that fits no module.
@@ -38,7 +39,7 @@ def apply_rates(
     chosen: dict[str, Attribute] = {}
     not_set: dict[str, str] = {}
     for path, rate in rates.items():
-        _check(path, rate, set(paths.values()), known)
+        _check(path, rate, {*paths.values(), *attributes}, known)
         found = _attribute(path, known.get(path), attributes)
         if isinstance(found, str):
             not_set[path] = found
@@ -67,6 +68,8 @@ def _attribute(
     path: str, site: Site | None, attributes: Mapping[str, Attribute]
 ) -> Attribute | str:
     """What holds a site's rate, or why nothing does."""
+    if site is None and path in attributes:
+        return attributes[path]
     if site is not None and site.inserted:
         return f"inserted: add dropout of kind {site.kind} after {site.owner!r} in the code"
     if site is not None and site.attribute in attributes:

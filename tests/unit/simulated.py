@@ -78,7 +78,8 @@ def make_spec(name: str = "simulated", **more: object) -> StudySpec:
 
 def sites_of(paths: Sequence[str], rates: Sequence[float] = AUTHOR) -> tuple[Site, ...]:
     return tuple(
-        Site(path, "element", rate, (128, 512)) for path, rate in zip(paths, rates, strict=False)
+        Site(path, "element", rate, (128, 512), attribute=f"{path}.p")
+        for path, rate in zip(paths, rates, strict=False)
     )
 
 

@@ -8,10 +8,16 @@ from droptune.training import Assignment, Record, Seeds, State, Training, Traini
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def record(number, state, value=None, *, kind=TrainingKind.SEARCH, label="", minutes_ago=1.0):
+RATES = {"none": 0.0, "half": 0.5}
+
+
+def record(
+    number, state, value=None, *, kind=TrainingKind.SEARCH, label="", rate=0.3, minutes_ago=1.0
+):
     training = Training(
         id=number, study_id=1, kind=kind, number=number, label=label,
-        assignment=Assignment({"a": 0.5}, 0.1), seeds=Seeds(1, 2, 3), seed_index=None,
+        assignment=Assignment({"a": RATES.get(label, rate)}, 0.1), seeds=Seeds(1, 2, 3),
+        seed_index=None,
         intervals=4, attempt=1, lease_epoch=1,
     )  # fmt: skip
     ended = NOW - timedelta(minutes=minutes_ago) if state.finished else None
@@ -38,6 +44,15 @@ def test_counts_standings_and_time_left():
     assert progress.per_minute == 4 / 5
     assert progress.seconds_left == 60 * 6 / (4 / 5)
     assert (progress.intervals, progress.device_seconds) == (20, 10.0)
+
+
+def test_a_search_trial_with_a_baselines_rates_counts_for_it():
+    records = [
+        record(0, State.COMPLETE, 0.9, kind=TrainingKind.BASELINE, label="none"),
+        record(1, State.COMPLETE, 0.7, rate=0.0),
+        record(2, State.COMPLETE, 0.5),
+    ]
+    assert measure(records, "minimize", 10, NOW).baselines == {"none": records[1]}
 
 
 def test_best_follows_the_direction_and_the_earlier_wins_a_tie():

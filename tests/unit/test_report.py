@@ -103,7 +103,7 @@ def test_a_study_of_few_trials_has_a_report(searched):
 
 
 def test_the_code_is_python(study):
-    lines = code(study[1])
+    lines = code(*study)
     compile(lines, "pasted", "exec")
     assert "droptune.apply_rates(model" in lines
 
