@@ -37,12 +37,12 @@ from droptune.program.data import (
     split_target,
     target_key,
 )
-from droptune.program.metrics import IGNORED
+from droptune.program.labels import check_labels, class_numbers
 from droptune.program.source import blamed
 from droptune.training import derive_seed
 
 SHARE = 0.2  # of the data at hand: first the test set, then the validation set of the rest
-_WHOLE = 0.999999  # one-hot rows sum to one
+LOOKED_AT = 16  # examples of a stream that are read to check it
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,10 +139,13 @@ def _checked(tree: Batch, name: str, task: str) -> InMemory:
     tree = _plain(tree)
     named = {path: _tensor(leaf, f"{name}{path}") for path, leaf in leaves(tree)}
     _check_lengths(named, name)
-    tensors = iter(named.values())
-    tree = convert(map_leaves(tree, lambda _: next(tensors)), name, task)
-    for path, leaf in leaves(tree):
+    for path, leaf in named.items():
         _check_finite(leaf, f"{name}{path}")
+    tensors = iter(named.values())
+    tree = map_leaves(tree, lambda _: next(tensors))
+    if task == "classification":
+        _check_targets(tree, name)
+    tree = convert(tree, name, task)
     return InMemory(tree, len(next(leaves(tree))[1]))
 
 
@@ -224,32 +227,20 @@ def _input(leaf: Any) -> Any:
     return leaf.float() if leaf.dtype == torch.bool else leaf.long()
 
 
-def _target(targets: Tensor, where: str, task: str) -> Tensor:
-    if task == "regression":
-        return targets.float()
-    if targets.ndim == 2 and targets.shape[1] == 1:
-        targets = targets.squeeze(1)
-    if targets.is_floating_point():
-        _check_finite(targets, where)
-        _refuse_one_hot(targets, where)
-        if bool((targets != targets.round()).any()):
-            raise ProgramError(
-                f"{where} holds fractions as class numbers: use droptune.regression, "
-                "or give whole numbers from 0"
-            )
-    targets = targets.long()
-    wrong = (targets < 0) & (targets != IGNORED)
-    if bool(wrong.any()):
-        raise ProgramError(
-            f"{where} holds the class number {int(targets[wrong].min())}: classes count from 0 "
-            f"({IGNORED} marks targets to be ignored)"
-        )
-    return targets
+def _target(targets: Any, where: str, task: str) -> Tensor:
+    if not isinstance(targets, Tensor):
+        raise ProgramError(f"{where} holds no numbers: give targets as numbers")
+    return targets.float() if task == "regression" else class_numbers(targets, where)
 
 
-def _refuse_one_hot(targets: Tensor, where: str) -> None:
-    if targets.ndim == 2 and bool((targets.sum(1) > _WHOLE).all()):
-        raise ProgramError(f"{where} looks one-hot: give class numbers instead (y.argmax(1))")
+def _check_targets(tree: Batch, name: str) -> None:
+    """Labels as they were given; see `check_labels`."""
+    if isinstance(tree, Mapping):
+        key = target_key(tree)
+        check_labels(tree[key], f"{name}[{key!r}]")
+    else:
+        inputs, _, targets = split_target(tree)
+        check_labels(targets, f"{name}[{len(inputs)}]")
 
 
 def _streamed(
@@ -260,21 +251,28 @@ def _streamed(
     collate: Callable[[list[Any]], Batch],
     workers: int,
 ) -> Streamed:
-    if isinstance(raw, IterableDataset) or not (
-        hasattr(raw, "__len__") and hasattr(raw, "__getitem__")
-    ):
+    missing = [m for m in ("__len__", "__getitem__") if not hasattr(raw, m)]
+    if isinstance(raw, IterableDataset) or missing:
+        lacks = (
+            "is read in an order of its own" if not missing else f"has no {' or '.join(missing)}"
+        )
         raise ProgramError(
-            f"{name} is a {type(raw).__name__}: droptune needs tensors, arrays, a tuple of them, "
-            "or a dataset with a length whose examples can be read in any order"
+            f"{name} is a {type(raw).__name__}, which {lacks}: give tensors, arrays, a tuple of "
+            "them, or a Dataset with a length whose examples can be read in any order"
         )
     if len(raw) == 0:
         raise ProgramError(f"{name} is empty: it must hold at least one example")
-    data = Streamed(raw, batch_size, _Collate(collate, name, task), workers, len(raw))
-    first = next(iter(Streamed(raw, 2, data.collate, 0, data.n).batches([0], 0, 0, "cpu")))
+    looked_at = range(min(LOOKED_AT, len(raw)))
+    plain = Streamed(raw, LOOKED_AT, _Collate(collate, name, "custom"), 0, len(raw))
+    with blamed(f"reading the {name} data"):
+        first = next(plain.batches(looked_at, 0, 0, "cpu"))
     for path, leaf in leaves(first):
         if isinstance(leaf, Tensor):
             _check_finite(leaf, f"{name}{path}")
-    return data
+    if task == "classification":
+        _check_targets(first, name)
+    convert(first, name, task)
+    return Streamed(raw, batch_size, _Collate(collate, name, task), workers, len(raw))
 
 
 @dataclass(frozen=True)
@@ -328,6 +326,12 @@ def _classes(data: InMemory | Streamed) -> Tensor | None:
     if isinstance(data, InMemory):
         targets: Tensor | None = split_target(data.tree)[2]
     else:
-        found = getattr(data.dataset, "targets", getattr(data.dataset, "labels", None))
-        targets = None if found is None else torch.as_tensor(found)
+        targets = _numbers(getattr(data.dataset, "targets", getattr(data.dataset, "labels", None)))
     return targets if targets is not None and targets.shape == (data.n,) else None
+
+
+def _numbers(found: Any) -> Tensor | None:
+    try:
+        return None if found is None else torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):  # names, or rows of different lengths
+        return None

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from droptune.errors import ProgramError, nearest
 from droptune.program.data import Batch, InMemory, Splits, split_target
 from droptune.program.declared import declared, default_values
-from droptune.program.intake import RawSplits, make_splits, read_splits
+from droptune.program.intake import LOOKED_AT, RawSplits, make_splits, read_splits
+from droptune.program.labels import check_known, check_several
 from droptune.program.metrics import (
     CLASSIFICATION,
     REGRESSION,
@@ -134,25 +135,28 @@ class Program:
             with blamed("model()"):
                 model = self.model()
             check_model(model)
+            if self.task == "classification":  # before a loss stumbles over wrong numbers
+                self._check_classes(self._tried_prediction(model, batch).shape[-1])
             with blamed("the loss of the first examples"):
                 loss = self.loss(model.train(), batch, default_values(self.searched))
             check_loss(loss)
-            with blamed("the prediction of the first examples"), torch.no_grad():
-                predictions, _ = self.predict(model.eval(), batch)
-        if self.task == "classification":
-            self._check_classes(predictions.shape[-1])
+            self._tried_prediction(model, batch)
+
+    def _tried_prediction(self, model: nn.Module, batch: Batch) -> Tensor:
+        with blamed("the prediction of the first examples"), torch.no_grad():
+            return self.predict(model.eval(), batch)[0]
 
     def _check_classes(self, classes: int) -> None:
+        """All class numbers; of a training stream those of the first examples."""
         for name in ("train", "validation", "test"):
             data = getattr(self._read, name)
-            if not isinstance(data, InMemory):
-                continue
-            largest = int(split_target(data.tree)[2].max())
-            if largest >= classes:
-                raise ProgramError(
-                    f"{name} holds the class number {largest}, but the model has {classes} "
-                    f"outputs: classes count from 0 to {classes - 1}"
-                )
+            if isinstance(data, InMemory):
+                numbers = split_target(data.tree)[2]
+                check_known(numbers, classes, name)
+                if name == "train":
+                    check_several(numbers, name)
+            elif name == "train":
+                check_known(split_target(self.example_batch(LOOKED_AT))[2], classes, name)
 
 
 # --- the short form -----------------------------------------------------------------------

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -280,17 +281,21 @@ def blamed(what: str) -> Iterator[None]:
     except DroptuneError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if not _is_installed(Path(f.filename))]
-        place = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
-        raise ProgramError(
-            f"{what} failed: {place}{type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise ProgramError(f"{what} failed: {told(error)}") from error
+
+
+def told(error: BaseException) -> str:
+    """`file:line: Type: message` of what a user's code raised, in one line; the place is the
+    innermost that neither Python, nor an installed package, nor droptune holds."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename[:1] != "<" and not _is_installed(Path(f.filename))]
+    place = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+    return f"{place}{type(error).__name__}: {_first_line(error)}"
 
 
 def _is_installed(path: Path) -> bool:
-    droptune = path.is_relative_to(Path(__file__).resolve().parents[1])
-    return droptune or any(part in _NOT_OURS for part in path.parts)
+    within = (Path(__file__).resolve().parents[1], Path(sysconfig.get_path("stdlib")))
+    return any(part in _NOT_OURS for part in path.parts) or any(map(path.is_relative_to, within))
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from droptune.errors import DroptuneError, SiteError
+from droptune.program.source import told
 from droptune.sites import watch
 from droptune.sites.attributes import with_attributes
 from droptune.sites.dropout import KINDS
@@ -224,10 +225,9 @@ def _run(run: Run) -> None:
     except DroptuneError:
         raise
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
         raise SiteError(
-            f"The model does not run on this batch ({type(error).__name__}: {first}); "
-            "give the inputs that it is trained on."
+            f"the model does not run on this batch ({told(error)}); "
+            "give the inputs that it is trained on"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_moving_casts_floats_alone():
     [
         (np.zeros((4, 2)), np.arange(4)),
         [np.zeros((4, 2)), [0, 1, 0, 1]],
-        (torch.zeros(4, 2, dtype=torch.float64), torch.arange(4.0)),
+        (torch.zeros(4, 2, dtype=torch.float64), torch.tensor([0.0, 1.0, 1.0, 0.0])),
         TensorDataset(torch.zeros(4, 2), torch.arange(4)),
         Subset(TensorDataset(torch.zeros(9, 2), torch.arange(9)), [0, 1, 2, 3]),
         DataLoader(TensorDataset(torch.zeros(4, 2), torch.arange(4)), shuffle=True),
@@ -148,12 +149,32 @@ def nan_inputs():
         ((torch.zeros(0, 2), torch.zeros(0)), "regression", "train is empty"),
         ([], "classification", "train is empty"),
         ((torch.zeros(3, 2), torch.tensor([0, -1, 1])), "classification", "class number -1"),
-        ((torch.zeros(3, 2), torch.tensor([0.5, 1, 1])), "classification", "fractions"),
-        ((torch.zeros(2, 2), torch.eye(2)), "classification", "one-hot"),
+        (
+            (torch.zeros(3, 2), torch.tensor([0.5, 1, 1])),
+            "classification",
+            r"train\[1\] holds labels of type float32: give class numbers",
+        ),
+        ((torch.zeros(3, 2), np.array([2.0, 0, 1])), "classification", "type float64.*y.long"),
+        ((torch.zeros(2, 2), torch.eye(2)), "classification", "one-hot .*argmax"),
+        ((torch.zeros(3, 2), torch.eye(3).long()), "classification", "one-hot .*argmax"),
+        ({"x": torch.zeros(3), "y": np.eye(3) > 0}, "classification", r"\['y'\] holds one-hot"),
+        ((torch.zeros(2, 2), torch.eye(4).expand(2, 4, 4)), "classification", "one-hot"),
+        (
+            (torch.zeros(3, 2), torch.full((3, 4), 0.25)),
+            "classification",
+            "probabilities .*long form",
+        ),
+        (
+            [(torch.zeros(2), "cat")] * 4,
+            "classification",
+            r"train\[1\] .*type str: give class numb",
+        ),
+        ([(torch.zeros(2), 2.0)] * 4, "classification", r"train\[1\] .*type float32: give class n"),
+        ([(torch.zeros(2), "cat")] * 4, "regression", r"train\[1\] holds no numbers"),
         ((torch.zeros(2, 2), np.array(["cat", "dog"])), "classification", r"train\[1\] holds <U3"),
         (torch.zeros(3, 2), "classification", "a batch must be"),
         ({"x": torch.zeros(3)}, "classification", "needs its targets under one of labels"),
-        (Endless(), "classification", "Endless: droptune needs"),
+        (Endless(), "classification", "Endless, which .*: give tensors"),
         (3, "classification", "train is a int"),
         (
             DataLoader(TensorDataset(*x_y()), sampler=WeightedRandomSampler([1.0] * 10, 10)),
@@ -166,6 +187,32 @@ def test_what_cannot_be_trained_on_is_refused_in_one_line(raw, task, said):
     with pytest.raises(ProgramError, match=said) as caught:
         as_data(raw, "train", task, 4)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_dataset_raises_is_said_with_its_place():
+    class Torn(Augmented):
+        def __getitem__(self, i):
+            return json.loads("torn")  # raised inside Python's own library
+
+    with pytest.raises(ProgramError, match=r"the train data failed: .*test_data.py:\d+: JSOND"):
+        as_data(Torn(), "train", "classification", 4)
+
+
+def test_several_labels_an_example_are_no_one_hot_rows():
+    labels = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0]])
+    data = as_data((torch.zeros(3, 2), labels), "train", "classification", 2)
+    assert torch.equal(data.tree[1], labels)
+
+
+def test_class_names_beside_a_stream_do_not_matter():
+    class Named(Augmented):
+        def __getitem__(self, i):
+            return torch.zeros(2), i % 3
+
+    named = Named()
+    named.targets = ["cat", "dog"] * 6
+    read = read_splits(RawSplits(named), "classification", 4)
+    assert make_splits(read, 0, "classification").sizes["test"] == 2
 
 
 def test_what_reading_raises_is_said_with_its_place():

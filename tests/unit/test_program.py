@@ -247,10 +247,16 @@ class Broken(nn.Module):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"train": (torch.randn(40, 3), torch.arange(40) % 7)}, "class number 6, but .* 4 outputs"),
+        ({"train": (torch.randn(40, 3), torch.arange(40) % 7)}, "class number 6, but .* 4 classes"),
+        (
+            {"train": (torch.randn(40, 3), torch.zeros(40, dtype=torch.int))},
+            "only the class number 0",
+        ),
+        ({"train": (torch.randn(40, 3), torch.full((40,), -100))}, "no class number, only -100"),
+        ({"train": [(torch.randn(3), i) for i in range(12)]}, "number 11, but .* 4 classes"),
         (
             {"model": Broken},
-            r"loss of the first.*test_program.py:\d+: RuntimeError: mat1 and mat2$",
+            r"prediction of the first.*test_program.py:\d+: RuntimeError: mat1 and mat2$",
         ),
         ({"model": lambda: 3}, "model.. returned a int"),
         ({"model": lambda: nn.DataParallel(net())}, "a DataParallel: a trial fits one device"),

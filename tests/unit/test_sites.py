@@ -470,6 +470,20 @@ def test_a_model_that_does_not_run_is_told_in_one_line():
         find_sites(nn.Linear(3, 3), torch.randn(2, 4))
 
 
+def test_what_a_forward_raises_is_told_with_its_place():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    line = Narrow.forward.__code__.co_firstlineno + 1
+    with pytest.raises(SiteError, match=rf"test_sites.py:{line}: RuntimeError: mat1 and mat2"):
+        find_sites(Narrow(), torch.randn(2, 4))
+
+
 def test_values_survive_json():
     found = find_sites(Noisy(), torch.randn(3, 4))
     assert Discovery.from_json(found.to_json()) == found
