@@ -6,6 +6,7 @@ of a worker appends what it was given to `starts.jsonl` and takes the next word 
 
     0, 75, 78, 1, …   end at once with this exit code
     interval:CODE     finish an interval, then end
+    same:CODE         end at once, with the same last words at every start
     wait              until TERM, USR2, HUP or INT, then hand back and end with 75
     work:SECONDS      finish an interval every 0.2 s, end with 0 after so many seconds of all
                       starts together; on a signal hand back and end with 75
@@ -86,7 +87,8 @@ def main(folder_name: str) -> None:
             _end(folder, 75, number)
     if action == "interval":
         _interval()
-    print(f"last words of start {number}", flush=True)
+    words = "a bug" if action == "same" else f"words of start {number}"
+    print(f"12:00:{number:02d} last {words}", flush=True)
     _end(folder, int(detail or action), number)
 
 

@@ -66,7 +66,9 @@ class LocalLauncher(Launcher):
             record(jobs)
         workers = [self._supervised(order, k, p) for k, p in enumerate(places)]
         supervisor = Supervisor(workers, Patience(self.restarts))
-        _judge(supervisor.run(), order, interrupted=supervisor.interrupted)
+        codes = supervisor.run()
+        failures = dict.fromkeys(worker.failure for worker in workers if worker.failure)
+        _judge(codes, order, " / ".join(failures), interrupted=supervisor.interrupted)
         return jobs
 
     def _places(self, order: Order) -> list[Place]:
@@ -129,13 +131,13 @@ def _threads(workers: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": given or str(max(cores() // workers, 1))}
 
 
-def _judge(codes: Sequence[int], order: Order, *, interrupted: bool) -> None:
+def _judge(codes: Sequence[int], order: Order, failures: str, *, interrupted: bool) -> None:
     """One exit 0 says that nothing is left, whatever became of the others."""
     if 0 in codes:
         return
     if interrupted:
         raise WorkRemainsError("the workers handed their trainings back; start them again to go on")
-    where = f"see the logs in {order.folder}"
+    where = f"{f'{failures}; ' if failures else ''}see the logs in {order.folder}"
     if all(code in (2, ConfigurationError.exit_code) for code in codes):
-        raise ConfigurationError(f"no worker can work here; {where}")
-    raise DroptuneError(f"every worker was given up (exit codes {sorted(set(codes))}); {where}")
+        raise ConfigurationError(f"no worker can work here: {where}")
+    raise DroptuneError(f"every worker was given up (exit codes {sorted(set(codes))}): {where}")

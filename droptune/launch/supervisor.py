@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from droptune.errors import ConfigurationError
+from droptune.errors import ConfigurationError, DroptuneError, UsageError
 from droptune.launch.marker import take_marker
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 FINAL = (0, ConfigurationError.exit_code)  # a restart is not needed, or cannot help
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+FAULTS = (DroptuneError.exit_code, UsageError.exit_code, *(-number for number in CRASHES))
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Supervised:
     """One command and the process that runs it now.
 
     Its output goes to the end of `log`, or is the supervisor's own where that is None. The
-    process touches `marker` when it gets on, which makes its restarts count from 0 again. `code`
-    is its exit code when it will not be started again.
+    process touches `marker` when it gets on, which makes its restarts count from 0 again.
+    `failure` is what it said when it failed last; `code` is its exit code when it will not be
+    started again.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Supervised:
     restarts: int = 0
     start_at: float = 0.0
     told: bool = False
+    failure: str = ""
     code: int | None = None
 
     def start(self) -> int:
@@ -83,13 +88,14 @@ class Supervised:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def last_words(self) -> str:
-        """The last line of the log, where a failure has its one line."""
+        """The last line of the log, where a failure has its one line; without its time."""
         if self.log is None:
             return ""
         with self.log.open("rb") as log:
             log.seek(max(self.log.stat().st_size - 2000, 0))
             lines = log.read().decode(errors="replace").split("\n")
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return re.sub(r"^\d\d:\d\d:\d\d ", "", last)[:300]
 
 
 class Supervisor:
@@ -135,7 +141,7 @@ class Supervisor:
             if self.interrupted:
                 worker.code = 75
             elif time.monotonic() >= worker.start_at:
-                log = f", log {worker.log}" if worker.log else ""
+                log = f", log {_shown(worker.log)}" if worker.log else ""
                 self.say(f"{worker.name}: started, pid {worker.start()}{log}")
         elif (code := worker.process.poll()) is not None:
             worker.process = None
@@ -148,12 +154,18 @@ class Supervisor:
     def _ended(self, worker: Supervised, code: int) -> None:
         """Start it again later, or leave it."""
         if take_marker(worker.marker):
-            worker.restarts = 0
+            worker.restarts, worker.failure = 0, ""
+        before, worker.failure = worker.failure, worker.last_words() if code else ""
+        reason = f" ({worker.failure})" if worker.failure else ""
         if code in FINAL or self.interrupted:
             worker.code = code
-            self.say(f"{worker.name}: ended with exit code {code}{self._reason(worker, code)}")
+            self.say(f"{worker.name}: ended with exit code {code}{reason}")
             return
-        reason = self._reason(worker, code)
+        if code in FAULTS and worker.failure and worker.failure == before:
+            worker.code = code
+            again = "twice the same without a finished interval, so not started again"
+            self.say(f"{worker.name}: ended with exit code {code}{reason}; {again}")
+            return
         if worker.restarts >= self.patience.restarts:
             worker.code = code
             count = f"{worker.restarts} restarts without a finished interval"
@@ -164,10 +176,6 @@ class Supervisor:
         worker.start_at = time.monotonic() + delay
         again = f"restart {worker.restarts} of {self.patience.restarts} in {delay:g} s"
         self.say(f"{worker.name}: ended with exit code {code}{reason}; {again}")
-
-    def _reason(self, worker: Supervised, code: int) -> str:
-        words = worker.last_words() if code else ""
-        return f" ({words})" if words else ""
 
     def _sleep(self, wake: int) -> None:
         """Until a process ends, a signal arrives or a restart is due."""
@@ -207,6 +215,12 @@ class Supervisor:
             signal.set_wakeup_fd(wake_before)
             os.close(reader)
             os.close(writer)
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the working directory where it lies below that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _end_with_parent() -> Callable[[], None] | None:

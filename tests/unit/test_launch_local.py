@@ -103,10 +103,26 @@ def test_exit_75_and_crashes_are_started_again(tmp_path, fast, capsys):
 
 
 def test_it_gives_up_after_restarts_without_an_interval(tmp_path, fast, capsys):
-    with pytest.raises(DroptuneError, match=r"given up \(exit codes \[1\]\); see the logs in /"):
+    with pytest.raises(
+        DroptuneError,
+        match=r"given up \(exit codes \[1\]\): last words of start 3; see the logs in /",
+    ):
         launch(tmp_path, "1", launcher={"restarts": 2})
     assert len(starts(tmp_path / "fake")) == 3
     assert "given up after 2 restarts without a finished interval" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_the_same_failure_twice_is_not_tried_a_third_time(tmp_path, fast, capsys, code):
+    with pytest.raises(DroptuneError, match="last a bug; see the logs in /"):
+        launch(tmp_path, f"same:{code}")
+    assert len(starts(tmp_path / "fake")) == 2
+    assert "(last a bug); twice the same" in capsys.readouterr().err
+
+
+def test_a_failure_of_its_surroundings_may_come_twice(tmp_path, fast):
+    launch(tmp_path, "same:75", "same:75", "same:75", "0")
+    launch(tmp_path / "other", "same:1", "interval:1", "same:1", "0")
 
 
 def test_a_finished_interval_renews_its_patience(tmp_path, fast):
