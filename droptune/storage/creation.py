@@ -20,6 +20,7 @@ from droptune.storage import schema, trials
 from droptune.storage.database import Database, engine_options
 
 LOCK_SECONDS = 120
+ELSEWHERE = "Say where it is with --storage, DROPTUNE_STORAGE or droptune.toml"
 _LOCK = 0x64726F70  # "drop", for PostgreSQL
 
 
@@ -29,12 +30,13 @@ def check(database: Database) -> None:
     path = database.address.path
     if path is not None and not path.exists():
         raise StorageError(
-            f"No database file {path}. Create a study first: droptune study create FILE"
+            f"No database file {path}. {ELSEWHERE}, or create a study: droptune study create FILE"
         )
     ours, optunas = _revisions(database)
     if not ours or not optunas:
         raise StorageError(
-            f"No droptune study is in {shown} yet. Create one: droptune study create FILE"
+            f"No droptune study is in {shown} yet. {ELSEWHERE}, or create one: "
+            "droptune study create FILE"
         )
     if ours not in schema.KNOWN:
         raise StorageError(

@@ -190,8 +190,14 @@ class Studies:
         names = list(connection.execute(sa.select(schema.studies.c.name)).scalars())
         where = self.database.address.redacted
         if not names:
-            return f"No study {name!r}: {where} has none. Create it: droptune study create FILE"
-        return f"No study {name!r} in {where}{nearest(name, names)}."
+            return (
+                f"No study {name!r}: {where} has none; say where it is with --storage or in "
+                "droptune.toml, or create it: droptune study create FILE"
+            )
+        return (
+            f"No study {name!r} in {where}{nearest(name, names)}; another database: --storage "
+            "or droptune.toml."
+        )
 
 
 def insert_study(
