@@ -918,7 +918,8 @@ def test_rates_are_applied_to_a_plain_model():
     sites = find_sites(model, torch.randn(5, 2, 8), forward=forward).sites
     rates = {site.path: 0.1 * (index + 1) for index, site in enumerate(sites)}
     for known in (sites, ()):
-        applied = apply_rates(model, rates, sites=known)
+        with pytest.warns(UserWarning, match="'dropout' is not set"):
+            applied = apply_rates(model, rates, sites=known)
         assert applied.set == {
             "encoder.self_attn.attention": "encoder.self_attn.dropout",
             "encoder.dropout1": "encoder.dropout1.p",
@@ -949,7 +950,8 @@ def test_an_attribute_that_feeds_two_sites():
     assert [site.attribute for site in sites] == ["hidden_dropout"] * 2
     assert apply_rates(model, {"dropout": 0.3, "dropout_1": 0.3}, sites=sites).not_set == {}
     assert model.hidden_dropout == 0.3
-    applied = apply_rates(model, {"dropout": 0.1, "dropout_1": 0.2}, sites=sites)
+    with pytest.warns(UserWarning, match="holds the rate of several sites"):
+        applied = apply_rates(model, {"dropout": 0.1, "dropout_1": 0.2}, sites=sites)
     assert set(applied.not_set) == {"dropout", "dropout_1"}
     assert model.hidden_dropout == 0.3
 
@@ -960,6 +962,26 @@ def test_impossible_rates_and_paths_are_refused():
         apply_rates(model, {"1": 1.0})
     with pytest.raises(SiteError, match=r"No site 'drop.out' in this model"):
         apply_rates(model, {"drop.out": 0.1})
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["sites known", "sites unknown"])
+@pytest.mark.parametrize("path", ["dorp", "layer", "drop.x", "drop.dropout", "layer.drop", ""])
+def test_a_path_that_is_no_site_is_refused_and_nothing_is_set(path, known):
+    model = nn.Sequential()
+    model.layer, model.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+    sites = find_sites(model, torch.randn(2, 4)).sites if known else ()
+    with pytest.raises(SiteError, match=r"No site .* \((did you mean|possible:) '?drop"):
+        apply_rates(model, {"drop": 0.1, path: 0.2}, sites=sites)
+    assert model.drop.p == 0.5
+
+
+def test_what_cannot_be_set_in_place_is_warned_of():
+    class Literal(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.1, self.training)
+
+    with pytest.warns(UserWarning, match=r"rate 0.3 of 'dropout' is not set: .* in the code"):
+        assert list(apply_rates(Literal(), {"dropout": 0.3}).not_set) == ["dropout"]
 
 
 # Insertion
@@ -1004,7 +1026,8 @@ def test_sites_are_inserted_by_path_and_by_type():
     restore(model)
     sites = tuple(Site.from_json(site.to_json()) for site in found)
     assert_fused_is_solo(model, sites, lambda run: run(x).square().mean())
-    told = apply_rates(model, {sites[0].path: 0.1}, sites=sites).not_set
+    with pytest.warns(UserWarning, match="is not set: inserted"):
+        told = apply_rates(model, {sites[0].path: 0.1}, sites=sites).not_set
     assert "add dropout of kind channel after '0.conv'" in told[sites[0].path]
 
 
