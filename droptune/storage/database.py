@@ -180,7 +180,8 @@ class Database:
             classify = {"sqlite": _sqlite_trouble, "mysql": _mysql_trouble}
             return classify.get(self.dialect, _postgresql_trouble)(cause)
         if isinstance(error, (sa.exc.TimeoutError, OSError)):
-            return Trouble.AWAY
+            missing = isinstance(error, FileNotFoundError)  # a certificate that the URL names
+            return Trouble.ERROR if missing else Trouble.AWAY
         return Trouble.ERROR
 
     # -- statements that differ between databases ----------------------------------------------
@@ -324,6 +325,8 @@ def _mysql_trouble(cause: BaseException | None) -> Trouble:
     if code in (1020, 1205, 1213):
         return Trouble.CONFLICT
     lost = isinstance(code, int) and 2000 <= code < 2100
+    if lost and "CERTIFICATE_VERIFY_FAILED" in str(cause):
+        return Trouble.ERROR
     return Trouble.AWAY if lost or code in _MYSQL_AWAY else Trouble.ERROR
 
 
@@ -342,7 +345,7 @@ def _postgresql_trouble(cause: BaseException | None) -> Trouble:
 
 _FOR_GOOD = (
     "authentication failed", "does not exist", "no password", "no pg_hba.conf entry",
-    "permission denied", "not permitted", "certificate", "SSL",
+    "permission denied", "not permitted", "certificate", "does not support SSL",
 )  # fmt: skip
 _STOOD_STILL = "25P03"  # idle_in_transaction_session_timeout: PostgreSQL ended the transaction
 # Lost, full of clients, stopping or starting, disk full, read-only while another takes over.

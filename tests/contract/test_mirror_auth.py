@@ -12,7 +12,6 @@ from mirrored import Trainings, create, differences, serving
 from droptune.mirror import Mirror, Tracking
 from droptune.storage import Storage
 
-pytest.importorskip("flask_wtf", reason="MLflow's users need Flask-WTF")
 pytestmark = [pytest.mark.databases("sqlite"), pytest.mark.slow]
 
 ADMIN, WRITER, READER = ("admin", "a-password-of-admin"), ("ann", "ann-1234567890"), (

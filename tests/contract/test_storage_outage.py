@@ -10,6 +10,8 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 
+import psycopg
+import pymysql
 import pytest
 import sqlalchemy as sa
 from databases import own_postgresql
@@ -18,6 +20,8 @@ from test_storage_many import check_complete, work
 
 from droptune.errors import StorageError, WorkRemainsError
 from droptune.storage import Budget, Storage
+from droptune.storage.address import Address
+from droptune.storage.database import Database
 from droptune.storage.studies import lock_study
 from droptune.training import Measurement, State
 
@@ -234,6 +238,37 @@ def test_a_postgresql_that_dies_under_load_loses_nothing(mortal, end):
         process.join(timeout=120)
         assert process.exitcode == 0
     check_complete(storage, study, count)
+
+
+def explained(url, cause):
+    """What is said of a connection that failed in this way."""
+    wrapped = not isinstance(cause, OSError)
+    error = sa.exc.OperationalError("SELECT 1", {}, cause) if wrapped else cause
+    return Database(Address.parse(url)).explain(error)
+
+
+@pytest.mark.parametrize(
+    ("words", "verb"),
+    [
+        ("SSL error: certificate verify failed", "refused"),
+        ("server does not support SSL, but SSL was required", "refused"),
+        ("SSL SYSCALL error: EOF detected", "cannot be reached"),
+        ("SSL connection has been closed unexpectedly", "cannot be reached"),
+    ],
+)
+def test_a_wrong_certificate_is_not_waited_for_and_a_dying_server_is(words, verb):
+    """As a PostgreSQL with TLS was seen to end connections that are just being made."""
+    assert verb in explained(
+        "postgresql://h/d?sslmode=verify-full", psycopg.OperationalError(words)
+    )
+
+
+def test_a_wrong_certificate_of_mysql_is_not_waited_for():
+    words = "Can't connect to MySQL server on 'h' ([SSL: CERTIFICATE_VERIFY_FAILED] certificate…)"
+    assert "refused" in explained("mysql://h/d", pymysql.OperationalError(2003, words))
+    assert "refused" in explained("mysql://h/d?ssl_ca=/no/such", FileNotFoundError(2, "No file"))
+    refused = pymysql.OperationalError(2003, "Can't connect to MySQL server on 'h' ([Errno 111])")
+    assert "cannot be reached" in explained("mysql://h/d", refused)
 
 
 # -- a worker that is frozen --------------------------------------------------------------------

@@ -634,6 +634,8 @@ def test_scores_are_of_the_kept_weights_on_the_test_set():
     assert scores.split == "test"
     assert scores.examples["nll"].shape == (13,)
     assert scores.metrics["nll"] == pytest.approx(float(scores.examples["nll"].mean()))
+    assert scores.examples["logits"].shape == (13, 3)
+    assert scores.examples["targets"].tolist() == program.splits(0).test.tree[1].tolist()
     assert scores.metrics == pytest.approx(solo.score(0).metrics, abs=TOLERANCE)
 
 
@@ -646,3 +648,10 @@ def test_the_measured_values_are_what_they_say():
     assert values["time/seconds"] > 0
     assert math.isfinite(values["train/loss"])
     assert isinstance(recipe.data(0, "train"), InMemory)
+
+
+def test_the_objective_is_measured_in_training_too():
+    recipe = replace(recipe_of("cnn"), objective=Objective("accuracy"))
+    values = alone(recipe, training(recipe, 1), 1)[1][0].measurement.values
+    assert {"train/nll", "train/accuracy", "val/gap"} <= set(values)
+    assert "train/error" not in values
