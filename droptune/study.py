@@ -5,8 +5,6 @@ Opening and reading need no torch; what a program is made of is prepared in `pre
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import re
 import threading
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
     from droptune.verdict.verdict import Verdict
 
 log = logging.getLogger("droptune.study")
-
-EXAMPLE_SCORES = ("nll", "correct", "brier", "mse", "mae")
 
 
 class Study:
@@ -237,14 +233,9 @@ class Study:
 
     def put_scores(self, training: Training, scores: Scores) -> None:
         """Keep what a confirmation scored on the test set; what is there already stays."""
-        import numpy as np
+        from droptune.scores import put_scores
 
-        metrics = json.dumps(dict(scores.metrics)).encode()
-        self.storage.put_score(training.id, scores.split, "metrics", metrics)
-        for name, values in scores.examples.items():
-            content = io.BytesIO()
-            np.save(content, values.numpy().astype("float32"), allow_pickle=False)
-            self.storage.put_score(training.id, scores.split, name, content.getvalue())
+        put_scores(self.storage, training, scores)
 
     def describe(self, ending: Ending) -> str:
         """One line for the end of a training."""
@@ -284,16 +275,10 @@ class Study:
 
     def evidence(self) -> Evidence:
         """All that the verdict is made from."""
-        import numpy as np
-
+        from droptune.scores import read_metrics, read_scores
         from droptune.verdict.evidence import Evidence
 
         meta = self.row.meta
-        scores: dict[int, dict[str, Any]] = {}
-        for name in EXAMPLE_SCORES:
-            for training_id, content in self.storage.scores(self.row.id, "test", name).items():
-                values = np.load(io.BytesIO(content), allow_pickle=False)
-                scores.setdefault(training_id, {})[name] = values.astype("float64")
         return Evidence(
             spec=self.spec,
             sites=self.sites,
@@ -301,7 +286,8 @@ class Study:
             intervals=self.row.intervals,
             ranges=self.space.ranges(),
             groups=self.space.groups(),
-            scores=scores,
+            scores=read_scores(self.storage, self.row.id),
+            tested=read_metrics(self.storage, self.row.id),
             sizes=meta["samples"],
             author_lr=meta["author_lr"],
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from droptune.errors import ProgramError
 from droptune.program.data import Batch, InMemory, Streamed
-from droptune.program.metrics import per_example
+from droptune.program.metrics import calibration_sample, per_example
 from droptune.program.program import Program
 from droptune.sites.installed import Installed
 from droptune.spec.objective import DIRECTIONS
@@ -20,6 +20,7 @@ from droptune.trainers.slot import Scores
 
 EVALUATION_BATCHES = 4  # an evaluation batch holds so many training batches: it has no gradients
 Predict = Callable[[Batch], tuple[Tensor, Tensor]]
+Metrics = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 Measured = Mapping[str, float]
 
 
@@ -56,18 +57,18 @@ def measure(program: Program, predicted: Tensor, targets: Tensor) -> dict[str, f
     return _floats([program.metrics(predicted, targets)])[0]
 
 
-def measure_stack(program: Program, predicted: Tensor, targets: Tensor) -> list[dict[str, float]]:
+def measure_stack(metrics: Metrics, predicted: Tensor, targets: Tensor) -> list[dict[str, float]]:
     """The same for predictions [k, n, ...] of k slots: at once where the metrics can be batched."""
     shared = targets.stride(0) == 0
     try:
-        stacked = torch.func.vmap(program.metrics, in_dims=(0, None if shared else 0))(
+        stacked = torch.func.vmap(metrics, in_dims=(0, None if shared else 0))(
             predicted, targets[0] if shared else targets
         )
         names, columns = list(stacked), torch.stack([v.double() for v in stacked.values()], 1)
         return [dict(zip(names, row, strict=True)) for row in columns.tolist()]
     except Exception:  # whatever a metric of the user's own does that cannot be batched
         pairs = zip(predicted, targets, strict=True)
-        return _floats([program.metrics(p, t) for p, t in pairs])
+        return _floats([metrics(p, t) for p, t in pairs])
 
 
 def _floats(measured: list[Any]) -> list[dict[str, float]]:
@@ -93,15 +94,18 @@ def measured_values(
     """All that is measured of one training at the end of an interval.
 
     `train/loss` is the mean over the interval's examples (in training mode, dropout on);
-    `val/gap` the generalisation gap: how much worse the program's nll (or first metric) is on
-    validation data than on a fixed part of the training data, both in evaluation mode, so that
-    dropout itself does not hide overfitting. Streamed training data have no gap.
+    `train/<metric>` of the objective (and of the gap) is measured on a fixed part of the training
+    data in evaluation mode, so that dropout itself does not hide overfitting; `val/gap` is the
+    generalisation gap: how much worse the program's nll (or first metric) is on validation data.
+    Streamed training data have neither.
     """
     values = {"train/loss": loss, **{f"val/{name}": v for name, v in validation.items()}}
     if probe is not None:
         name = recipe.gap_metric
         sign = -1.0 if DIRECTIONS.get(name) == "maximize" else 1.0
-        values[f"train/{name}"] = probe[name]
+        values |= {
+            f"train/{key}": probe[key] for key in (name, recipe.objective.metric) if key in probe
+        }
         values["val/gap"] = sign * (validation[name] - probe[name])
     return {**values, "lr": lr, "time/seconds": seconds}
 
@@ -129,7 +133,10 @@ def predictor(recipe: Recipe, model: nn.Module, installed: Installed) -> Predict
 
 
 def example_scores(program: Program, predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Scores of single examples, in host memory; empty where the task has none."""
+    """Scores of examples and a sample of logits, in host memory; empty where the task has none."""
     if program.task not in ("classification", "regression"):
         return {}
-    return {k: v.cpu() for k, v in per_example(program.task, predicted, targets).items()}
+    scores = per_example(program.task, predicted, targets)
+    if program.task == "classification":
+        scores |= calibration_sample(predicted, targets)
+    return {name: values.cpu() for name, values in scores.items()}

@@ -53,8 +53,8 @@ class Outcome:
 class Scores:
     """The weights of the objective's interval, scored once on a whole split.
 
-    `metrics` are the program's; `examples` its scores per example [n] (see `metrics.per_example`),
-    in the split's order, in host memory.
+    `metrics` are the program's; `examples` its scores per example [n] in the split's order (see
+    `metrics.per_example`) and a sample of logits (`metrics.calibration_sample`), in host memory.
     """
 
     split: str

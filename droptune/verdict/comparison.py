@@ -19,7 +19,6 @@ from droptune.verdict.confirmation import (
     pairs,
 )
 from droptune.verdict.evidence import Evidence, Scores
-from droptune.verdict.reliability import scale
 from droptune.verdict.statistics import (
     ALPHA,
     Array,
@@ -117,11 +116,12 @@ def after_scaling(evidence: Evidence, plan: Plan) -> Comparison | None:
     if not plan.decided or plan.winner is None or none is None or plan.design is None:
         return None
     indices, ours, theirs = pairs(evidence, plan.winner, none, plan.design.schedule[-1])
-    scores = [[evidence.scores.get(r.training.id, {}) for r in side] for side in (ours, theirs)]
-    complete = all("logits" in one and "targets" in one for side in scores for one in side)
+    scaled = [[evidence.scaled(record) for record in side] for side in (ours, theirs)]
+    held = [[one.nll for one in side if one is not None] for side in scaled]
+    complete = all(len(side) == len(indices) for side in held)
     if evidence.objective.metric != "nll" or len(indices) < 2 or not complete:
         return None
-    a, b = (np.stack([scale(s["logits"], s["targets"]).nll for s in side]) for side in scores)
+    a, b = np.stack(held[0]), np.stack(held[1])
     found = paired(b - a)
     each = tuple(float(x) for x in (b - a).mean(axis=1))
     means = float(a.mean()), float(b.mean())
@@ -185,8 +185,8 @@ def test_scores(evidence: Evidence, record: Record, metric: str) -> Array | None
     of_examples = None if scores is None else example_scores(metric, scores)
     if of_examples is not None:
         return of_examples
-    final = record.curves.get(f"test/{metric}")
-    return np.array([final[-1]]) if final else None
+    tested = evidence.tested.get(record.training.id, {})
+    return np.array([tested[metric]]) if metric in tested else None
 
 
 def example_scores(metric: str, scores: Scores) -> Array | None:

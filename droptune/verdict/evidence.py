@@ -13,9 +13,12 @@ from droptune.sites.site import Site
 from droptune.spec.objective import Objective
 from droptune.spec.spec import StudySpec
 from droptune.training import Assignment, Record, State, TrainingKind
+from droptune.verdict.reliability import Scaled, scale
 from droptune.verdict.statistics import Array
 
-Scores = Mapping[str, Array]  # of single test examples: "nll" [N], "correct" [N], …
+# Of single test examples: "nll" [N], "correct" [N], …; of a sample of them, where classification:
+# "logits" [n, C] and "targets" [n].
+Scores = Mapping[str, Array]
 BASELINES = ("none", "author", "half")
 
 
@@ -25,8 +28,8 @@ class Evidence:
 
     `intervals` is the length of a training; `ranges` maps "lr" and site paths to (low, high) of
     the search; `groups` names the sites that share a rate; `scores` maps the id of a training to
-    the scores of single test examples; `sizes` counts the examples of "train", "validation" and
-    "test".
+    the scores of single test examples, `tested` to its metrics on the test set; `sizes` counts the
+    examples of "train", "validation" and "test".
     """
 
     spec: StudySpec
@@ -36,6 +39,7 @@ class Evidence:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     scores: Mapping[int, Scores] = field(default_factory=dict)
+    tested: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     author_lr: float | None = None
 
@@ -98,6 +102,19 @@ class Evidence:
         """The usable confirmations of an assignment among these seeds, by seed index."""
         found = {index: self.confirmations.get((key(assignment), index)) for index in indices}
         return {index: r for index, r in found.items() if r is not None and usable(r)}
+
+    def scaled(self, record: Record) -> Scaled | None:
+        """What temperature scaling does to a training on the test set; None without logits."""
+        scores = self.scores.get(record.training.id, {})
+        if "logits" not in scores or "targets" not in scores:
+            return None
+        if record.training.id not in self._scaled:
+            self._scaled[record.training.id] = scale(scores["logits"], scores["targets"])
+        return self._scaled[record.training.id]
+
+    @cached_property
+    def _scaled(self) -> dict[int, Scaled]:
+        return {}
 
     def benefit(self, record: Record) -> float:
         """The objective's value, turned so that greater is better."""

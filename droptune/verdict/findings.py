@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from droptune.training import Assignment, Record
 from droptune.verdict.comparison import test_scores
 from droptune.verdict.confirmation import Plan, best_baselines
 from droptune.verdict.evidence import Evidence
-from droptune.verdict.reliability import Reliability, reliability, scale
+from droptune.verdict.reliability import Reliability, pooled
 from droptune.verdict.statistics import Array, finite
 from droptune.verdict.surface import Slice, Surface, interaction
 from droptune.verdict.wording import learning_rate, level, metric_name, rate
@@ -282,13 +282,9 @@ class Calibration(Finding):
 
 
 def calibration(evidence: Evidence, label: str, records: Sequence[Record]) -> Calibration | None:
-    """Calibration of a member's trainings: from logits, else confidences, else its ECE curve."""
-    nll = _mean_test(evidence, records, "nll")
-    scaled = [
-        scale(scores["logits"], scores["targets"])
-        for scores in _scores(evidence, records)
-        if "logits" in scores and "targets" in scores
-    ]
+    """Calibration of a member's trainings on the test set; None where it is not known."""
+    nll, ece = (_mean_test(evidence, records, metric) for metric in ("nll", "ece"))
+    scaled = [one for record in records if (one := evidence.scaled(record)) is not None]
     if scaled and len(scaled) == len(records):
         return Calibration(
             label,
@@ -298,31 +294,15 @@ def calibration(evidence: Evidence, label: str, records: Sequence[Record]) -> Ca
             float(np.mean([one.nll.mean() for one in scaled])),
             float(np.mean([one.temperature for one in scaled])),
         )
-    measured = _eces(evidence, records)
-    return Calibration(label, float(np.mean(measured)), nll) if measured else None
+    return None if math.isnan(ece) else Calibration(label, ece, nll)
 
 
-def pooled_reliability(evidence: Evidence, records: Sequence[Record]) -> Reliability | None:
-    """The reliability of a member over all seeds and test examples; None without confidences."""
-    held = [s for s in _scores(evidence, records) if "confidence" in s and "correct" in s]
-    if not held:
-        return None
-    return reliability(
-        np.concatenate([np.asarray(s["confidence"], dtype=float) for s in held]),
-        np.concatenate([np.asarray(s["correct"], dtype=float) for s in held]),
-    )
-
-
-def _scores(evidence: Evidence, records: Sequence[Record]) -> list[Mapping[str, Array]]:
-    ids = [record.training.id for record in records]
-    return [evidence.scores[i] for i in ids if i in evidence.scores]
-
-
-def _eces(evidence: Evidence, records: Sequence[Record]) -> list[float]:
-    pooled = [pooled_reliability(evidence, [record]) for record in records]
-    measured = [one.ece for one in pooled if one is not None]
-    at = [(r.curves.get("val/ece"), (r.best_interval or 0) - 1) for r in records]
-    return measured or [curve[i] for curve, i in at if curve]
+def pooled_reliability(
+    evidence: Evidence, records: Sequence[Record], *, after: bool = False
+) -> Reliability | None:
+    """The reliability over all seeds and test examples, `after` scaling; None without logits."""
+    scaled = [one for record in records if (one := evidence.scaled(record)) is not None]
+    return pooled([one.after if after else one.before for one in scaled]) if scaled else None
 
 
 def _mean_test(evidence: Evidence, records: Sequence[Record], metric: str) -> float:

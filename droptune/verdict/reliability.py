@@ -5,6 +5,7 @@ Source: Guo, Pleiss, Sun & Weinberger 2017, "On Calibration of Modern Neural Net
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,24 @@ def reliability(confidence: Array, correct: Array) -> Reliability:
         tuple(float(x) for x in was),
         tuple(int(x) for x in count[held]),
         ece,
+    )
+
+
+def pooled(each: Sequence[Reliability]) -> Reliability:
+    """The reliability of all examples of several models together; `ece` is the mean of theirs."""
+    count, said, was = np.zeros(BINS), np.zeros(BINS), np.zeros(BINS)
+    for one in each:
+        weight = np.array(one.count)
+        bins = np.clip(np.ceil(np.array(one.confidence) * BINS).astype(int), 1, BINS) - 1
+        np.add.at(count, bins, weight)
+        np.add.at(said, bins, weight * np.array(one.confidence))
+        np.add.at(was, bins, weight * np.array(one.accuracy))
+    held = count > 0
+    return Reliability(
+        tuple(float(x) for x in said[held] / count[held]),
+        tuple(float(x) for x in was[held] / count[held]),
+        tuple(int(x) for x in count[held]),
+        float(np.mean([one.ece for one in each])),
     )
 
 

@@ -81,6 +81,20 @@ def learning_rate(value: float) -> str:
     return f"{value:.2g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3:20 min`, `2:05:00 h`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d} h"
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
+
+
 def _fixed(value: float, scale: float, *, sign: bool) -> str:
     digits = 3
     if 0 < scale < math.inf:

@@ -16,6 +16,7 @@ from droptune.program.metrics import (
     CLASSIFICATION,
     IGNORED,
     REGRESSION,
+    calibration_sample,
     classification_metrics,
     per_example,
     regression_metrics,
@@ -158,6 +159,30 @@ def test_examples_of_sequences_leave_padding_out():
     scores = per_example("classification", logits.view(3, 4, 3), targets)["nll"]
     first = functional.cross_entropy(logits[:2], targets[0, :2])
     torch.testing.assert_close(scores[0], first)
+
+
+def test_a_sample_of_logits_holds_the_same_probabilities():
+    torch.manual_seed(0)
+    logits, targets = 8 * torch.randn(30_000, 10), torch.randint(0, 10, (30_000,))
+    targets[::7] = IGNORED
+    sample = calibration_sample(logits, targets)
+    assert sample["logits"].shape == (10_000, 10)
+    assert sample["logits"].dtype == torch.float16
+    assert int(sample["targets"].min()) >= 0
+    known = targets != IGNORED
+    chosen = torch.arange(10_000) * int(known.sum()) // 10_000
+    assert sample["targets"].tolist() == targets[known][chosen].tolist()
+    exact = functional.cross_entropy(logits[known][chosen], targets[known][chosen])
+    kept = functional.cross_entropy(sample["logits"].float(), sample["targets"].long())
+    assert float(kept) == pytest.approx(float(exact), abs=1e-3)
+
+
+def test_no_sample_of_sequences_or_of_very_many_classes():
+    assert calibration_sample(torch.randn(4, 5, 3), torch.zeros(4, 5, dtype=torch.long)) == {}
+    many = torch.zeros(300, 50_000)
+    assert calibration_sample(many, torch.zeros(300, dtype=torch.long)) == {}
+    few = calibration_sample(torch.zeros(20, 3), torch.zeros(20, dtype=torch.long))
+    assert len(few["targets"]) == 20
 
 
 def test_a_perfect_regression_has_no_infinite_loss():

@@ -352,6 +352,19 @@ def test_maximised_metrics_are_turned_round():
     assert "points higher" in verdict.sentence
 
 
+def test_a_metric_without_scores_of_examples_is_compared_over_seeds_on_the_test_set(confirmed):
+    """Like F1, which is no mean over examples: each training's value on the test set is stored."""
+    spec = make_spec(objective={"metric": "own", "direction": "minimize"})
+    curves = {"val/own": (0.5,)}
+    records = tuple(replace(r, curves=curves) for r in confirmed.records)
+    tested = {i: {"own": float(s["nll"].mean())} for i, s in confirmed.scores.items()}
+    evidence = replace(confirmed, spec=spec, records=records, scores={}, tested=tested)
+    main = judge(evidence).comparison("none")
+    assert main.data == "test"
+    assert main.difference.examples is None
+    assert main.theirs - main.ours == pytest.approx(main.difference.mean)
+
+
 # -- with curves ----------------------------------------------------------------------------------
 
 
