@@ -42,17 +42,26 @@ def fresh(name):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_programs_and_files_fit(path, images):
-    program = fresh(path.stem)
+    spec = StudySpec.load(path)
+    program = replace(load_program(spec.program, ROOT))
     program.check()
     splits = program.splits(0)
     assert min(splits.sizes.values()) > 0
     assert set(splits.sizes) == {"train", "validation", "test"}
     sites: list[Site] = list(find_program_sites(program).sites)
-    spec = StudySpec.load(path).resolved(program)
+    spec = spec.resolved(program)
     space = Space.of(sites, spec, program)
     assert {s for p in space.rates for s in p.sites} == {site.path for site in sites}
-    assert spec.intervals(program, splits.train.n) == program.epochs
-    assert f"studies/{path.stem}.py" in fingerprint(spec.program, ROOT)
+    assert spec.intervals(program, splits.train.n) == spec.epochs
+    assert path.stem.startswith(Path(spec.program).stem)
+    assert spec.program in fingerprint(spec.program, ROOT)
+
+
+def test_studies_of_one_program_differ_in_what_they_ask(images):
+    asked = [StudySpec.load(path) for path in FILES if path.stem.startswith("fashion_mnist_mlp")]
+    program = fresh("fashion_mnist_mlp_2000")
+    questions = {(s.resolved(program).objectives[0].metric, s.epochs) for s in asked}
+    assert questions == {("nll", 60), ("accuracy", 60), ("nll", 5)}
 
 
 def test_images_of_bytes_are_scaled(images):
