@@ -17,6 +17,18 @@ DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {
     ),
     **dict.fromkeys(("accuracy", "precision", "recall", "f1"), "maximize"),
 }
+MONTE_CARLO: dict[str, tuple[str, ...]] = {  # measured where `training: {mc_passes: …}` asks for it
+    "classification": (
+        "mc_nll", "mc_accuracy", "mc_error", "mc_precision", "mc_recall", "mc_f1", "mc_brier",
+        "mc_ece", "mc_entropy",
+    ),
+    "regression": ("mc_nll", "mc_mse", "mc_rmse", "mc_mae"),
+}  # fmt: skip
+DIRECTIONS |= {
+    name: DIRECTIONS.get(name.removeprefix("mc_"), "minimize")
+    for names in MONTE_CARLO.values()
+    for name in names
+}
 
 
 @dataclass(frozen=True)

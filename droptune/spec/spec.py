@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from droptune.errors import SpecError, nearest
 from droptune.program.source import project_root
 from droptune.spec.document import Document, Place, Strict, adapter, checked
-from droptune.spec.objective import DIRECTIONS, Objective
+from droptune.spec.objective import DIRECTIONS, MONTE_CARLO, Objective
 from droptune.spec.ranges import LogRange, Positive, Rate, RateRange, ShareRange, ValueRange
 
 __all__ = ["FREE_KEYS", "Objective", "StudySpec", "json_schema", "project_root"]
@@ -175,7 +175,10 @@ AutoCount = Literal["auto"] | Count
 
 @dataclass(frozen=True)
 class TrainingSpec(Strict):
-    """How a training is run; `width` and `threads` belong to a worker, results do not change."""
+    """How a training is run; `width` and `threads` belong to a worker, results do not change.
+
+    mc_passes: forward passes with dropout on in each evaluation (Monte-Carlo dropout), 0: none
+    """
 
     trainer: Literal["auto", "solo", "fused"] = "auto"
     width: AutoCount = "auto"
@@ -183,6 +186,7 @@ class TrainingSpec(Strict):
     clip: Positive | None = None
     accumulate: Count = 1
     threads: AutoCount = "auto"
+    mc_passes: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -329,6 +333,14 @@ class StudySpec(Strict):
         """
         defaults = {"classification": "nll", "regression": "rmse"}
         measured = [*program.metric_names, "gap", "seconds"]
+        monte_carlo = MONTE_CARLO.get(program.task, ())
+        if self.training.mc_passes:
+            if not monte_carlo:
+                raise SpecError(
+                    "training: mc_passes needs a program for classification or regression, "
+                    f"and {self.program} has a loss of its own"
+                )
+            measured += monte_carlo
         objectives = self.objectives
         if not objectives:
             metric = defaults.get(program.task, measured[0])
@@ -339,6 +351,11 @@ class StudySpec(Strict):
                 )
             objectives = (Objective(metric),)
         for objective in objectives:
+            if objective.metric in monte_carlo and not self.training.mc_passes:
+                raise SpecError(
+                    f"objective: {objective.metric} is measured with dropout on: say how often, "
+                    "for example `training: {mc_passes: 20}`"
+                )
             if objective.metric not in measured:
                 raise SpecError(
                     f"objective: {self.program} does not measure {objective.metric!r}"

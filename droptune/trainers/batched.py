@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from droptune.program.data import Batch
 from droptune.trainers.evaluation import Predict
+from droptune.trainers.monte_carlo import Draw
 from droptune.trainers.recipe import Recipe, state_names, tensors_of
 from droptune.trainers.stack import Stack, take_apart
 
@@ -102,26 +103,49 @@ class BatchedModel:
 
     def predictor(self, rows: slice) -> Predict:
         """Predictions and targets [k, B, ...] of the slots in these rows, dropout off."""
-        stack, constants = self.stack, self.stack.parts.shared
-        weights = stack.parts.trained.views(stack.weights[rows])
-        varying = {name: tensor[rows] for name, tensor in stack.varying.items()}
 
-        def one(weights: Tensors, varying: Tensors, batch: Batch) -> tuple[Tensor, Tensor]:
-            tensors = {**weights, **varying, **constants}
+        def one(tensors: Tensors, batch: Batch) -> tuple[Tensor, Tensor]:
             with self._installed.active(training=False):
-                made, _ = self._bound.run(tensors, self.recipe.program.predict, batch)
-            predicted, targets = made
-            return predicted, targets
+                return self._predict(tensors, batch)
 
         self.module.eval()
-        batched = _over_slots(one, 2, shared=True)
+        batched, tensors = _over_slots(one, 1, shared=True), self._tensors(rows)
 
         def predict(batch: Batch) -> tuple[Tensor, Tensor]:
             with self.recipe.autocast():
-                pair: tuple[Tensor, Tensor] = batched(weights, varying, batch)
+                pair: tuple[Tensor, Tensor] = batched(tensors, batch)
             return pair
 
         return predict
+
+    def draw(self, rows: slice) -> Draw:
+        """The same with dropout on, at rates and keys that are given for each batch."""
+
+        def one(
+            tensors: Tensors, rates: Tensor, keys: Tensor, batch: Batch
+        ) -> tuple[Tensor, Tensor]:
+            with self._installed.active(rates, keys):
+                return self._predict(tensors, batch)
+
+        batched, tensors = _over_slots(one, 3, shared=True), self._tensors(rows)
+
+        def draw(batch: Batch, rates: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+            with self.recipe.autocast():
+                pair: tuple[Tensor, Tensor] = batched(tensors, rates, keys, batch)
+            return pair
+
+        return draw
+
+    def _tensors(self, rows: slice) -> Tensors:
+        """Weights and varying buffers of the slots in these rows."""
+        weights = self.stack.parts.trained.views(self.stack.weights[rows])
+        return {**weights, **{name: tensor[rows] for name, tensor in self.stack.varying.items()}}
+
+    def _predict(self, tensors: Tensors, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Predictions and targets of one slot."""
+        whole = {**tensors, **self.stack.parts.shared}
+        (predicted, targets), _ = self._bound.run(whole, self.recipe.program.predict, batch)
+        return predicted, targets
 
 
 def _over_slots(function: Callable[..., Any], arguments: int, *, shared: bool) -> Any:

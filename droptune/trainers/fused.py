@@ -26,6 +26,7 @@ from droptune.spec.spec import StudySpec
 from droptune.trainers.batched import BatchedModel
 from droptune.trainers.evaluation import measure_stack, measured_values, predictions, score
 from droptune.trainers.interval import Chunk, Interval, words_of
+from droptune.trainers.monte_carlo import dropout_on, measure_passes
 from droptune.trainers.optimizer_state import build
 from droptune.trainers.recipe import Recipe, tensors_of, to_host
 from droptune.trainers.rules import Array
@@ -203,11 +204,16 @@ class Fused(Trainer):
         predict, probe = self._model.predictor(chunk.rows), recipe.probe(split)
         data, stop = recipe.data(split, "validation"), self._stop_if_interrupted
         made = predictions(predict, data, recipe, axis=1, stop=stop)
-        validation = measure_stack(recipe.program, *made)
+        validation = measure_stack(recipe.program.metrics, *made)
+        if recipe.mc_passes:
+            draw = self._model.draw(chunk.rows)
+            with dropout_on(self._model.module, recipe.sites):
+                passes = measure_passes(recipe, chunk.slots, data, draw, stop)
+            validation = [{**a, **b} for a, b in zip(validation, passes, strict=True)]
         if probe is None:
             return validation, None
         made = predictions(predict, probe, recipe, axis=1, stop=stop)
-        return validation, measure_stack(recipe.program, *made)
+        return validation, measure_stack(recipe.program.metrics, *made)
 
     # -- what comes out -----------------------------------------------------------------------
 

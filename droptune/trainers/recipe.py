@@ -33,7 +33,8 @@ class Recipe:
 
     `interval_updates` None means one pass over the training data; `accumulate` splits every
     batch into so many micro-batches (the results stay those of the whole batch, except for what
-    batch normalisation sees); `precision` is float32, float64 or bf16 (autocast).
+    batch normalisation sees); `precision` is float32, float64 or bf16 (autocast); `mc_passes`: how
+    often an evaluation also runs with dropout on.
     """
 
     program: Program
@@ -44,6 +45,7 @@ class Recipe:
     precision: str = "float32"
     clip: float | None = None
     accumulate: int = 1
+    mc_passes: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _kept: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False)
 
@@ -62,6 +64,7 @@ class Recipe:
             precision=training.precision,
             clip=program.clip if training.clip is None else training.clip,
             accumulate=training.accumulate,
+            mc_passes=training.mc_passes,
             device=device,
         )
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from droptune.program.data import Batch
 from droptune.sites.installed import Installed
 from droptune.trainers.course import Course
 from droptune.trainers.evaluation import measure, measured_values, predictions, predictor, score
 from droptune.trainers.feed import Update
+from droptune.trainers.monte_carlo import Draw, dropout_on, measure_passes
 from droptune.trainers.optimizer_state import (
     build,
     export_state,
@@ -168,10 +170,24 @@ class Solo(Trainer):
         data, probe = recipe.data(split, "validation"), recipe.probe(split)
         stop = self._stop_if_interrupted
         validation = measure(recipe.program, *predictions(predict, data, recipe, stop=stop))
+        if recipe.mc_passes:
+            draw = self._draw(held)
+            with dropout_on(held.model, recipe.sites):
+                validation |= measure_passes(recipe, [held.slot], data, draw, stop)[0]
         if probe is None:
             return validation, None
         made = predictions(predict, probe, recipe, stop=stop)
         return validation, measure(recipe.program, *made)
+
+    def _draw(self, held: _Held) -> Draw:
+        """Predictions and targets [1, B, ...] with dropout on."""
+
+        def draw(batch: Batch, rates: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+            with held.installed.active(rates[0], keys[0]), self.recipe.autocast():
+                predicted, targets = self.recipe.program.predict(held.model, batch)
+            return predicted.unsqueeze(0), targets.unsqueeze(0)
+
+        return draw
 
     # -- what comes out -----------------------------------------------------------------------
 
