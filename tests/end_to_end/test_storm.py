@@ -1,7 +1,8 @@
 """Workers and databases that are killed at random: every training ends once, with equal results.
 
-DROPTUNE_STORM_KILLS=100 makes the storm longer than the suite has time for, and
-DROPTUNE_STORM_PAUSE=3 (seconds at most between two kills) slower.
+DROPTUNE_STORM_KILLS=100 makes the storm longer than the suite has time for,
+DROPTUNE_STORM_PAUSE=3 (seconds at most between two kills) slower, and with
+DROPTUNE_STORM_AWAY=60 PostgreSQL stays away for so many seconds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from droptune.training import State
 
 KILLS = int(os.environ.get("DROPTUNE_STORM_KILLS", "8"))
 PAUSE = float(os.environ.get("DROPTUNE_STORM_PAUSE", "0.8"))
+AWAY = float(os.environ.get("DROPTUNE_STORM_AWAY", "0"))
 STORM = {"budget": f"{{trials: {12 + int(5 * KILLS * PAUSE)}}}"}
 LONG = {"epochs": 12, "budget": "{trials: 6}", "confirm": "{enabled: false}"}
 
@@ -126,36 +128,95 @@ def furthest(study, folder):
     return found
 
 
+@pytest.fixture
+def long_study(postgresql_of_its_own, tmp_path):
+    """A study of long trainings in a database that may be killed, and where its project is."""
+    folder = tmp_path / "project"
+    storage = Storage.open(postgresql_of_its_own.url, create=True)
+    return make_study(storage, folder, **LONG), folder
+
+
+def check_undisturbed(study, expected, resumed=None):
+    """Equal results, everything once, and no training (of those) began again from nothing."""
+    check_same(results(study), expected)
+    check_once(study.storage, study)
+    attempts = {r.training.id: r.training.attempt for r in study.records()}
+    assert {attempts[i] for i in resumed or attempts} == {1}
+
+
+def train_on_without(database, study, folder, ending=signal.SIGKILL):
+    """End the database, and wait until checkpoints are four intervals ahead of it."""
+    before = {r.training.id: r.intervals_done for r in study.records()}
+    database.kill(ending)
+    wait_until(
+        lambda: any(done >= before.get(i, 0) + 4 for i, done in furthest(study, folder).items())
+    )
+
+
+def is_training(study):
+    return any(r.intervals_done >= 2 for r in study.records())
+
+
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT], ids=["killed", "stopped"])
 def test_training_goes_on_while_postgresql_is_down(
-    postgresql_of_its_own, tmp_path, expected_long, ending
+    postgresql_of_its_own, long_study, expected_long, ending
 ):
-    database, folder = postgresql_of_its_own, tmp_path / "project"
-    storage = Storage.open(database.url, create=True)
-    study = make_study(storage, folder, **LONG)
+    database, (study, folder) = postgresql_of_its_own, long_study
     with Crew(database.url, folder) as crew:
         workers = [crew.start("study", "--until-done", SLOW="0.03") for _ in range(2)]
-        wait_until(lambda: any(r.intervals_done >= 2 for r in study.records()))
-        before = {r.training.id: r.intervals_done for r in study.records()}
-        database.kill(ending)
-        wait_until(
-            lambda: any(done >= before[i] + 4 for i, done in furthest(study, folder).items())
-        )
+        wait_until(lambda: is_training(study))
+        train_on_without(database, study, folder, ending)
+        time.sleep(AWAY)
         database.start()
         assert [end(worker) for worker in workers] == [0, 0]
         assert any("training goes on" in worker.log.read_text() for worker in workers)
         assert any("the database is back" in worker.log.read_text() for worker in workers)
-    check_same(results(study), expected_long)
-    check_once(storage, study)
-    assert {r.training.attempt for r in study.records()} == {1}
+    check_undisturbed(study, expected_long)
+
+
+def test_workers_that_die_while_the_database_is_away(
+    postgresql_of_its_own, long_study, expected_long
+):
+    """What they measured meanwhile is in their checkpoints, and comes to SQL once."""
+    database, (study, folder) = postgresql_of_its_own, long_study
+    with Crew(database.url, folder) as crew:
+        first = [crew.start("study", "--until-done", SLOW="0.03") for _ in range(2)]
+        wait_until(lambda: is_training(study))
+        train_on_without(database, study, folder)
+        for worker in first:
+            worker.kill()
+            worker.join()
+        ahead = furthest(study, folder)
+        second = crew.start("study", "--until-done")
+        wait_until(lambda: second.log.exists() and "Waiting" in second.log.read_text())
+        database.start()
+        behind = {r.training.id: r.intervals_done for r in study.records()}
+        assert any(done > behind[i] for i, done in ahead.items())
+        assert end(second) == 0
+    check_undisturbed(study, expected_long, resumed=ahead)
+
+
+def test_training_goes_on_with_neither_database_nor_disk(
+    postgresql_of_its_own, long_study, expected_long
+):
+    database, (study, folder) = postgresql_of_its_own, long_study
+    (folder / ".droptune").write_text("a file where checkpoints should be: none can be written")
+    with Crew(database.url, folder) as crew:
+        worker = crew.start("study", "--until-done", SLOW="0.03")
+        wait_until(lambda: is_training(study))
+        failures = worker.log.read_text().count("not kept")
+        database.kill(signal.SIGKILL)
+        wait_until(lambda: worker.log.read_text().count("not kept") >= failures + 8)
+        database.start()
+        assert end(worker) == 0
+        assert "training goes on without it" in worker.log.read_text()
+    check_undisturbed(study, expected_long)
 
 
 def test_a_database_that_stays_away_ends_workers_and_loses_nothing(
-    postgresql_of_its_own, tmp_path, expected_long
+    postgresql_of_its_own, long_study, expected_long
 ):
-    database, folder = postgresql_of_its_own, tmp_path / "project"
-    storage = Storage.open(database.url, create=True)
-    study = make_study(storage, folder, **LONG)
+    database, (study, folder) = postgresql_of_its_own, long_study
     with Crew(database.url, folder, DROPTUNE_CHECKPOINT_SECONDS="600") as crew:
         impatient = crew.start("study", "--until-done", SLOW="0.03", DROPTUNE_PATIENCE="1.5")
         patient = crew.start("study", "--until-done", SLOW="0.03")
@@ -169,6 +230,4 @@ def test_a_database_that_stays_away_ends_workers_and_loses_nothing(
         wait_until(lambda: early.log.exists() and "Waiting" in early.log.read_text())
         database.start()
         assert end(early) == 0
-    check_same(results(study), expected_long)
-    check_once(storage, study)
-    assert {r.training.attempt for r in study.records()} == {1}
+    check_undisturbed(study, expected_long)
