@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def search_droptune(seed: int, trials: int, threads: int, started: float) -> lis
             shutil.copy(STUDIES / file, folder)
         spec = yaml.safe_load((STUDIES / f"{STUDY}.yaml").read_text())
         spec |= {"seed": seed, "budget": {"trials": trials}, "confirm": {"enabled": False}}
-        spec |= {"mirror": "none", "training": {"threads": threads}}
+        spec |= {"name": "race", "mlflow": {"mirror": "none"}, "training": {"threads": threads}}
         (Path(folder) / "race.yaml").write_text(yaml.safe_dump(spec))
         droptune = [sys.executable, "-m", "droptune", "study"]
         quiet: dict[str, Any] = {"cwd": folder, "check": True, "stdout": subprocess.DEVNULL}
@@ -179,24 +180,16 @@ def _ended(row: dict[str, Any], started: float) -> dict[str, Any]:
 WAYS = {"optuna": search_optuna, "droptune": search_droptune}
 
 
-def run(way: str, seed: int, trials: int, threads: int, results: Any) -> None:
-    results.put((way, WAYS[way](seed, trials, threads, time.time())))
-
-
 def side_by_side(seed: int, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Both ways at the same moment."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=run, args=(way, seed, options.trials, options.threads, results))
-        for way in WAYS
-    ]
-    for process in processes:
-        process.start()
-    found = dict(results.get(timeout=4 * 3600) for _ in processes)
-    for process in processes:
-        process.join()
-    return found
+    """Both ways from the same moment on, each in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(WAYS), mp_context=spawn) as pool:
+        started = time.time()
+        searches = {
+            way: pool.submit(search, seed, options.trials, options.threads, started)
+            for way, search in WAYS.items()
+        }
+        return {way: search.result() for way, search in searches.items()}
 
 
 # -- who arrives when -----------------------------------------------------------------------------

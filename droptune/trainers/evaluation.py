@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from droptune.errors import ProgramError
 from droptune.program.data import Batch, InMemory, Streamed
-from droptune.program.metrics import calibration_sample, per_example
 from droptune.program.program import Program
 from droptune.sites.installed import Installed
 from droptune.spec.objective import DIRECTIONS
 from droptune.trainers.feed import cut
 from droptune.trainers.recipe import Recipe
-from droptune.trainers.slot import Scores
 
 EVALUATION_BATCHES = 4  # an evaluation batch holds so many training batches: it has no gradients
 Predict = Callable[[Batch], tuple[Tensor, Tensor]]
@@ -110,18 +108,6 @@ def measured_values(
     return {**values, "lr": lr, "time/seconds": seconds}
 
 
-def score(recipe: Recipe, weights: Mapping[str, Tensor], split_seed: int) -> Scores:
-    """Score a `state_dict` on the test set, or on validation data where there is none."""
-    split = "test" if recipe.has_test(split_seed) else "validation"
-    model = recipe.fresh_model(0)
-    model.load_state_dict(dict(weights))
-    predict = predictor(recipe, model.eval(), recipe.install(model))
-    with torch.no_grad():
-        predicted, targets = predictions(predict, recipe.data(split_seed, split), recipe)
-    metrics = measure(recipe.program, predicted, targets)
-    return Scores(split, metrics, example_scores(recipe.program, predicted, targets))
-
-
 def predictor(recipe: Recipe, model: nn.Module, installed: Installed) -> Predict:
     """Predictions of one model, dropout off."""
 
@@ -130,13 +116,3 @@ def predictor(recipe: Recipe, model: nn.Module, installed: Installed) -> Predict
             return recipe.program.predict(model, batch)
 
     return predict
-
-
-def example_scores(program: Program, predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Scores of examples and a sample of logits, in host memory; empty where the task has none."""
-    if program.task not in ("classification", "regression"):
-        return {}
-    scores = per_example(program.task, predicted, targets)
-    if program.task == "classification":
-        scores |= calibration_sample(predicted, targets)
-    return {name: values.cpu() for name, values in scores.items()}

@@ -24,12 +24,13 @@ from torch import Tensor
 from droptune.program.program import default_values
 from droptune.spec.spec import StudySpec
 from droptune.trainers.batched import BatchedModel
-from droptune.trainers.evaluation import measure_stack, measured_values, predictions, score
+from droptune.trainers.evaluation import measure_stack, measured_values, predictions
 from droptune.trainers.interval import Chunk, Interval, words_of
 from droptune.trainers.monte_carlo import dropout_on, measure_passes
 from droptune.trainers.optimizer_state import build
 from droptune.trainers.recipe import Recipe, tensors_of, to_host
 from droptune.trainers.rules import Array
+from droptune.trainers.scoring import score
 from droptune.trainers.slot import Interrupted, Outcome, Scores, Slot, Snapshot, Trainer, failure_of
 from droptune.trainers.solo import Solo
 from droptune.trainers.updates import stack_optimizer
@@ -233,7 +234,7 @@ class Fused(Trainer):
         return to_host({key: tensors[name] for key, name in self._model.state_names.items()})
 
     def score(self, index: int) -> Scores:
-        return score(self.recipe, self.weights(index), self._slots[index].training.seeds.split)
+        return score(self.recipe, self.weights(index), self._slots[index])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from droptune.program.data import Batch, InMemory, Streamed
 from droptune.program.metrics import classification_metrics, regression_metrics
-from droptune.sites.installed import Site, derive_keys, split_seed
+from droptune.sites.installed import Installed, Site, derive_keys, split_seed
 from droptune.trainers.evaluation import evaluation_batches, measure_stack
 from droptune.trainers.schedule import Array, rate_factors
 from droptune.training import derive_seed
@@ -49,6 +49,17 @@ def dropout_on(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
         yield
     finally:
         model.eval()
+
+
+def draw_alone(recipe: Recipe, model: nn.Module, installed: Installed) -> Draw:
+    """Of one model, as the only slot."""
+
+    def draw(batch: Batch, rates: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        with installed.active(rates[0], keys[0]), recipe.autocast():
+            predicted, targets = recipe.program.predict(model, batch)
+        return predicted.unsqueeze(0), targets.unsqueeze(0)
+
+    return draw
 
 
 def measure_passes(

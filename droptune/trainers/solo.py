@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from droptune.program.data import Batch
 from droptune.sites.installed import Installed
 from droptune.trainers.course import Course
-from droptune.trainers.evaluation import measure, measured_values, predictions, predictor, score
+from droptune.trainers.evaluation import measure, measured_values, predictions, predictor
 from droptune.trainers.feed import Update
-from droptune.trainers.monte_carlo import Draw, dropout_on, measure_passes
+from droptune.trainers.monte_carlo import draw_alone, dropout_on, measure_passes
 from droptune.trainers.optimizer_state import (
     build,
     export_state,
@@ -30,6 +29,7 @@ from droptune.trainers.optimizer_state import (
 )
 from droptune.trainers.recipe import Recipe, state_names, tensors_of, to_host
 from droptune.trainers.rules import Settings
+from droptune.trainers.scoring import score
 from droptune.trainers.slot import Outcome, Scores, Slot, Snapshot, Trainer, failure_of
 from droptune.training import Measurement, Training
 
@@ -171,23 +171,13 @@ class Solo(Trainer):
         stop = self._stop_if_interrupted
         validation = measure(recipe.program, *predictions(predict, data, recipe, stop=stop))
         if recipe.mc_passes:
-            draw = self._draw(held)
+            draw = draw_alone(recipe, held.model, held.installed)
             with dropout_on(held.model, recipe.sites):
                 validation |= measure_passes(recipe, [held.slot], data, draw, stop)[0]
         if probe is None:
             return validation, None
         made = predictions(predict, probe, recipe, stop=stop)
         return validation, measure(recipe.program, *made)
-
-    def _draw(self, held: _Held) -> Draw:
-        """Predictions and targets [1, B, ...] with dropout on."""
-
-        def draw(batch: Batch, rates: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-            with held.installed.active(rates[0], keys[0]), self.recipe.autocast():
-                predicted, targets = self.recipe.program.predict(held.model, batch)
-            return predicted.unsqueeze(0), targets.unsqueeze(0)
-
-        return draw
 
     # -- what comes out -----------------------------------------------------------------------
 
@@ -204,8 +194,7 @@ class Solo(Trainer):
         return to_host({key: tensors[name] for key, name in state_names(held.model).items()})
 
     def score(self, index: int) -> Scores:
-        split_seed = self._filled().slot.training.seeds.split
-        return score(self.recipe, self.weights(index), split_seed)
+        return score(self.recipe, self.weights(index), self._filled().slot)
 
 
 @torch.no_grad()

@@ -26,7 +26,9 @@ import droptune
 from droptune.errors import SpecError
 from droptune.spec.objective import MONTE_CARLO
 from droptune.spec.spec import StudySpec
+from droptune.trainers.fused import Fused
 from droptune.trainers.monte_carlo import monte_carlo_metrics
+from droptune.trainers.solo import Solo
 from droptune.training import Assignment
 
 MODELS = ("mlp with batch norm", "transformer with padding", "resnet with drop path")
@@ -112,3 +114,17 @@ def test_it_may_be_the_objective_where_passes_are_asked_for():
         spec.resolved(program)
     asked = replace(spec, training=replace(spec.training, mc_passes=20))
     assert asked.resolved(program).objectives[0].direction == "minimize"
+
+
+def test_the_test_set_is_scored_with_the_same_passes():
+    recipe = make_recipe(_classify(Mlp, _noise(22, 6), lr=1e-2, test=(_noise(9, 6), _labels(9))))
+    recipe = replace(recipe, mc_passes=4, _kept={})
+    fused, solo, each = Fused(recipe, 2), Solo(recipe), training(recipe, 1)
+    for trainer in (fused, solo):
+        trainer.fill(0, each)
+        trainer.train_interval()
+    scores = [trainer.score(0) for trainer in (fused, solo)]
+    assert scores[0].split == "test"
+    assert set(MONTE_CARLO["classification"]) < set(scores[0].metrics)
+    for name, value in scores[0].metrics.items():
+        assert value == pytest.approx(scores[1].metrics[name], abs=1e-9), name

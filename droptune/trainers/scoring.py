@@ -1,0 +1,45 @@
+"""A training's final weights scored on the test set: once, at the end of a confirmation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from droptune.program.metrics import calibration_sample, per_example
+from droptune.program.program import Program
+from droptune.trainers.evaluation import measure, predictions, predictor
+from droptune.trainers.monte_carlo import draw_alone, dropout_on, measure_passes
+from droptune.trainers.recipe import Recipe
+from droptune.trainers.slot import Scores, Slot
+
+
+@torch.no_grad()
+def score(recipe: Recipe, weights: Mapping[str, Tensor], slot: Slot) -> Scores:
+    """Score a slot's `state_dict` on the test set, or on validation data where there is none."""
+    split_seed = slot.training.seeds.split
+    split = "test" if recipe.has_test(split_seed) else "validation"
+    data = recipe.data(split_seed, split)
+    model = recipe.fresh_model(0)
+    model.load_state_dict(dict(weights))
+    installed = recipe.install(model)
+    predicted, targets = predictions(predictor(recipe, model.eval(), installed), data, recipe)
+    metrics = measure(recipe.program, predicted, targets)
+    if recipe.mc_passes:
+        then = replace(slot, interval=(slot.best_interval or slot.interval) - 1)
+        with dropout_on(model, recipe.sites):
+            draw = draw_alone(recipe, model, installed)
+            metrics |= measure_passes(recipe, [then], data, draw)[0]
+    return Scores(split, metrics, example_scores(recipe.program, predicted, targets))
+
+
+def example_scores(program: Program, predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Scores of examples and a sample of logits, in host memory; empty where the task has none."""
+    if program.task not in ("classification", "regression"):
+        return {}
+    scores = per_example(program.task, predicted, targets)
+    if program.task == "classification":
+        scores |= calibration_sample(predicted, targets)
+    return {name: values.cpu() for name, values in scores.items()}
