@@ -12,6 +12,7 @@ from droptune.errors import DroptuneError
 from droptune.progress import Progress
 from droptune.script import script
 from droptune.training import Assignment, Record, State, TrainingKind
+from droptune.verdict.wording import counted, duration
 
 if TYPE_CHECKING:
     from droptune.study import Study
@@ -255,20 +256,6 @@ def _cost(progress: Progress) -> str:
         f"{counted(progress.intervals, 'interval')}, {duration(progress.device_seconds)} of "
         "training on the device"
     )
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 site`, `2 sites`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `3:20 min`, `2:05:00 h`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02d}:{rest:02d} h"
-    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
 
 
 def code(study: Study) -> str:

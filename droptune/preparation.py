@@ -12,14 +12,17 @@ from typing import Any
 import torch
 
 from droptune.errors import ConfigurationError, SiteError
-from droptune.program.program import Program, load_model, load_program
-from droptune.program.source import fingerprint, project_root
-from droptune.sites.installed import find_program_sites, find_sites
+from droptune.program.program import Program, load_program
+from droptune.program.source import fingerprint
+from droptune.sites.installed import find_program_sites
 from droptune.sites.site import Discovery, Site
 from droptune.space.space import Space
 from droptune.spec.spec import StudySpec
 from droptune.trainers.fused import fusible
 from droptune.trainers.recipe import Recipe
+from droptune.verdict.wording import counted
+
+_HOW = {"fused": "several trials as one program", "solo": "one trial after another"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ class Prepared:
 
     def describe(self) -> str:
         """Sites, rates and how they will train, in one line."""
-        rates = len(self.space.rates)
-        trainer = f"{self.meta['trainer']} ({self.meta['trainer_reason']})"
-        return f"{len(self.sites)} sites, {rates} searched rates; trains {trainer}"
+        sites, rates = counted(len(self.sites), "site"), counted(len(self.space.rates), "rate")
+        trainer = self.meta["trainer"]
+        how = f"{trainer}, {_HOW[trainer]} ({self.meta['trainer_reason']})"
+        return f"{sites}, {rates} searched; trains {how}"
 
     def notes(self) -> list[str]:
         """What the user should know before spending anything."""
@@ -56,14 +60,6 @@ class Prepared:
             sizes = ", ".join(f"{samples[name]} for {name}" for name in made)
             notes.append(f"split off once from the training data by the study's seed: {sizes}")
         return notes
-
-
-def examine(reference: str, folder: Path, shape: tuple[int, ...] | None = None) -> Discovery:
-    """The sites of a program, or of a bare module class on a random input of that shape."""
-    root = project_root(folder)
-    if shape is None:
-        return find_program_sites(load_program(reference, root))
-    return find_sites(load_model(reference, root)(), torch.randn(shape))
 
 
 def prepare(spec: StudySpec, root: Path) -> Prepared:

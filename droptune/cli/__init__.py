@@ -29,9 +29,9 @@ app.command()(demo)
 app.command()(sites)
 app.command()(doctor)
 app.add_typer(study.app, name="study", help="Create, run, watch and read studies.")
-app.add_typer(worker.app, name="worker", help="Start workers here, list those of the study.")
+app.add_typer(worker.app, name="worker", help="Start a worker here, list those of the database.")
 app.add_typer(trial.app, name="trial", help="Look at one trial, or train it again.")
-app.add_typer(launch.app, name="launch", help="Start workers on other machines.")
+app.add_typer(launch.app, name="launch", help="Start workers here, or on a cluster's engine.")
 app.add_typer(mirror.app, name="mirror", help="Bring MLflow up to date with SQL, and open it.")
 
 

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from droptune.cli.options import StorageOption, open_storage
+from droptune.cli.options import StorageOption, command, open_storage, writing
 
 
 def demo(
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="CPU workers; default: the cores.")
+        int | None,
+        typer.Option("--workers", metavar="N", min=1, help="CPU workers; default: the cores."),
     ] = None,
     storage: StorageOption = None,
 ) -> None:
@@ -33,29 +34,27 @@ def demo(
     file = _unpack(Path.cwd() / "droptune-demo")
     root = project_root(file)
     prepared = prepare(StudySpec.load(file), root)
-    print(f"the model and its data: {file.with_suffix('.py')}, the study: {file}\n")
+    shown = file.relative_to(Path.cwd())
+    print(f"the model and its data: {shown.with_suffix('.py')}, the study file: {shown}\n")
     show(prepared.discovery, suggest_groups(prepared.sites))
     study, created = Study.create(open_storage(storage, create=True), prepared)
     introduce(study, prepared, created)
-    run_here(study, root, file, workers=workers)
-    print(_NEXT)
-
-
-_NEXT = """
-your own model, where FILE.py holds `program = droptune.classification(model=…, train=…, …)`:
-  droptune sites FILE.py
-  droptune study init FILE.py
-  droptune study run FILE.yaml"""
+    run_here(study, root, storage=storage, workers=workers)
+    print("\nyour own model, where FILE.py holds `program = droptune.classification(model=…, …)`:")
+    for words in (("sites", "FILE.py"), ("study", "init", "FILE.py")):
+        print(f"  {command(*words)}")
+    print(f"  {command('study', 'run', 'FILE.yaml', storage=storage)}")
 
 
 def _unpack(folder: Path) -> Path:
     """Copy the demo's program and study file where the user can read and change them."""
     from importlib.resources import files
 
-    folder.mkdir(exist_ok=True)
-    for name in ("digits_mlp.py", "digits_mlp.yaml"):
-        target = folder / name
-        if not target.exists():
-            content = files("droptune.studies").joinpath(name).read_bytes()
-            target.write_bytes(content)
+    with writing(folder, "run the demo in a folder of your own"):
+        folder.mkdir(exist_ok=True)
+        for name in ("digits_mlp.py", "digits_mlp.yaml"):
+            target = folder / name
+            if not target.exists():
+                content = files("droptune.studies").joinpath(name).read_bytes()
+                target.write_bytes(content)
     return folder / "digits_mlp.yaml"

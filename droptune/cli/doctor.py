@@ -18,8 +18,10 @@ from urllib.request import urlopen
 
 import typer
 
+from droptune.cli.mirror import behind
 from droptune.cli.options import ProjectOption, StorageOption, config
 from droptune.errors import DroptuneError
+from droptune.verdict.wording import counted
 
 if TYPE_CHECKING:
     from droptune.mirror import Tracking
@@ -54,6 +56,8 @@ def doctor(
     if opened:
         failed |= not _say("workers", lambda: _workers(opened[0]))
     failed |= not _say("mlflow", lambda: _mlflow(settings))
+    for name, lines in _behind(opened):
+        failed |= not _say(f"mirror of {name!r}", partial(_refuse, lines))
     if worker:
         root = (project or settings.root).resolve()
         failed |= not _say("devices", _devices)
@@ -113,13 +117,15 @@ def _database(settings: Config, opened: list[Storage], *, fix: bool) -> str:
     studies = storage.studies()
     active = sum(s.status == "active" and s.phase != "done" for s in studies)
     steps = f", migrated to {migrated[-1]}" if migrated else ""
-    return f"{storage.redacted}, {len(studies)} studies ({active} to be trained){steps}"
+    many = "1 study" if len(studies) == 1 else f"{len(studies)} studies"
+    return f"{storage.redacted}, {many} ({active} to be trained){steps}"
 
 
 def _workers(storage: Storage) -> str:
     requeued = storage.requeue_stale()
     alive = [row for row in storage.list_workers() if row.state == "alive"]
-    return f"{len(alive)} alive, {len(requeued)} lost trainings queued again"
+    again = f", {counted(len(requeued), 'lost training')} queued again" if requeued else ""
+    return f"{len(alive)} alive{again}"
 
 
 # -- MLflow ---------------------------------------------------------------------------------------
@@ -139,6 +145,18 @@ def _mlflow(settings: Config) -> str:
     os.environ.update({name: value for name, value in QUICK.items() if name not in os.environ})
     tracking.connect()
     return f"{tracking.redacted} answers"
+
+
+def _behind(opened: list[Storage]) -> Iterator[tuple[str, str]]:
+    """The studies of which something is not in MLflow, and what."""
+    for storage in opened:
+        for summary in storage.studies():
+            if lines := list(behind(storage, summary.name)):
+                yield summary.name, " / ".join(lines)
+
+
+def _refuse(reason: str) -> str:
+    raise DroptuneError(reason)
 
 
 def _ask(tracking: Tracking) -> None:

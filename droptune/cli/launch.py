@@ -39,14 +39,17 @@ HELP = {
 
 NameArgument = Annotated[
     str | None,
-    typer.Argument(metavar="NAME", help="The study; local: none means every active one."),
+    typer.Argument(
+        metavar="NAME", help="The study; only `local` can do without: every active one."
+    ),
 ]
 EngineArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[-- ENGINE'S OWN OPTIONS]", help="Passed on verbatim."),
+    typer.Argument(metavar="-- OPTIONS", help="The engine's own options, passed on verbatim."),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, help="How many; local: default one per GPU.")
+    int | None,
+    typer.Option("--workers", metavar="N", min=1, help="How many; local: default one per GPU."),
 ]
 DeviceOption = Annotated[
     str,
@@ -64,7 +67,12 @@ ProjectOption = Annotated[
 ]
 RestartsOption = Annotated[
     int | None,
-    typer.Option("--restarts", min=0, help="Restarts of a worker without a finished interval."),
+    typer.Option(
+        "--restarts",
+        metavar="N",
+        min=0,
+        help="How often a worker may be started again without a finished interval in between.",
+    ),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be started; start nothing.")

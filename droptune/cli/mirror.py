@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,7 +36,7 @@ _DRAIN_SECONDS = 120.0
 @app.command()
 def sync(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="None: every study.")
+        list[str] | None, typer.Argument(metavar="NAME", help="None: every study.")
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Go on until stopped (SIGTERM, Ctrl-C).")
@@ -82,12 +82,17 @@ def rebuild(
 @app.command()
 def ui(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The study to open; None: the newest.")
+        str | None, typer.Argument(metavar="NAME", help="The study to open; None: the newest.")
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 5000,
+    host: Annotated[
+        str, typer.Option("--host", metavar="HOST", help="Address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="N", help="Port to listen on.")] = 5000,
     allowed_hosts: Annotated[
-        str, typer.Option("--allowed-hosts", help="More host names it answers to, with commas.")
+        str,
+        typer.Option(
+            "--allowed-hosts", metavar="HOST,…", help="More host names it answers to, with commas."
+        ),
     ] = "",
     storage: StorageOption = None,
     tracking: TrackingOption = None,
@@ -149,6 +154,22 @@ def _print_links(storage: Storage, name: str | None, base: str) -> None:
         print(f"{what:<12} {address}", flush=True)
     if name is not None and not found:
         print(f"{name} is not mirrored yet: droptune mirror sync {name}", flush=True)
+
+
+def behind(storage: Storage, name: str) -> Iterator[str]:
+    """What keeps a study from being in MLflow, as SQL remembers it: a line each."""
+    from droptune.mirror import set_aside
+    from droptune.study import Study
+
+    study = Study.open(storage, name)
+    reason = storage.mirror_state(study.row.id).get("reason")
+    if reason:
+        yield f"MLflow is behind: {reason}"
+    if refused := set_aside(storage, study.row.id):
+        names = {record.training.id: record.training.name for record in study.records()}
+        for training_id, why in refused.items():
+            who = names.get(training_id, f"training {training_id}")
+            yield f"MLflow did not take {who}: {why}; again with: droptune mirror rebuild {name}"
 
 
 def _report(results: dict[str, SyncResult], *, json: bool) -> None:

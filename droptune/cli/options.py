@@ -1,17 +1,28 @@
-"""Options that many commands share, and what they open."""
+"""Options that many commands share, what they open, and what they print."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from droptune.errors import UsageError
+
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from droptune.spec.config import Config
     from droptune.storage import Storage
     from droptune.study import Study
+
+PIPED_WIDTH = 160  # columns of a table that no terminal limits
 
 StorageOption = Annotated[
     str | None,
@@ -50,3 +61,52 @@ def open_study(name: str, url: str | None) -> Study:
 
 def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, default=str, allow_nan=False))
+
+
+def console() -> Console:
+    """The terminal; what is piped is not cut at 80 columns."""
+    from rich.console import Console
+
+    made = Console()
+    if not made.is_terminal:
+        made.width = max(made.width, PIPED_WIDTH)
+    return made
+
+
+@contextmanager
+def writing(path: Path, instead: str = "give another file with -o") -> Iterator[None]:
+    """Refuse a file or folder that cannot be written, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}); {instead}") from error
+
+
+# -- commands to paste ----------------------------------------------------------------------------
+
+
+def command(*words: str, storage: str | None = None) -> str:
+    """A command that finds the same studies: with the --storage that this one was given."""
+    given = ["--storage", _without_secrets(storage)] if storage else []
+    return shlex.join([_program(), *words, *given])
+
+
+def same_command(storage: str | None) -> str:
+    """The command that is running, as it was typed."""
+    words: Sequence[str] = sys.argv[1:]
+    if storage:
+        words = [word.replace(storage, _without_secrets(storage)) for word in words]
+    return shlex.join([_program(), *words])
+
+
+def _program() -> str:
+    """`droptune`, or where it is when it is not on PATH."""
+    called = sys.argv[0]
+    here = Path(called).name == "droptune" and shutil.which("droptune") is None
+    return called if here else "droptune"
+
+
+def _without_secrets(storage: str) -> str:
+    from droptune.storage.address import Address
+
+    return Address.parse(storage).scrub(storage)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -17,7 +18,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from droptune.cli.trial import because
+from droptune.errors import StorageError, UnknownStudyError
 from droptune.training import Record, State
+from droptune.verdict.wording import counted, duration
 
 if TYPE_CHECKING:
     from droptune.progress import Progress
@@ -25,91 +29,136 @@ if TYPE_CHECKING:
 
 
 def watch(study: Study, done: Callable[[], bool], *, seconds: float = 0.5) -> None:
-    """Show the study until `done()`; Ctrl-C is the caller's."""
-    if sys.stdout.isatty():
-        _live(study, done, seconds)
-    else:
-        _lines(study, done, seconds)
+    """Show the study until `done()` or until it is deleted; Ctrl-C is the caller's.
+
+    While the database is away the last state stays.
+    """
+    show = _live if sys.stdout.isatty() else _lines
+    with suppress(UnknownStudyError):
+        show(study, done, seconds)
 
 
 def _live(study: Study, done: Callable[[], bool], seconds: float) -> None:
     console = Console()
-    with Live(panel(study), console=console, refresh_per_second=4, transient=True) as live:
+    redirect = sys.stderr.isatty()
+    with Live(
+        panel(study), console=console, auto_refresh=False, transient=True, redirect_stderr=redirect
+    ) as live:
         while not done():
             time.sleep(seconds)
-            live.update(panel(study))
-    console.print(panel(study))
+            with _patience():
+                live.update(panel(study), refresh=True)
+    with _patience():
+        console.print(panel(study))
 
 
 def _lines(study: Study, done: Callable[[], bool], seconds: float) -> None:
     seen = {r.training.id for r in study.records() if r.state.finished}
     phase = study.phase()
-    while True:
+    last = False
+    while not last:
         last = done()
-        for record in study.records():
-            if record.state.finished and record.training.id not in seen:
-                seen.add(record.training.id)
-                print(event(study, record), flush=True)
-        if study.phase() != phase:
-            phase = study.phase()
-            print(f"{study.name}: {phase}", flush=True)
-        if last:
-            return
-        time.sleep(seconds)
+        with _patience():
+            for record in study.records():
+                if record.state.finished and record.training.id not in seen:
+                    seen.add(record.training.id)
+                    print(event(study, record), flush=True)
+            if study.phase() != phase:
+                phase = study.phase()
+                print(f"{study.name}: {phase}", flush=True)
+        if not last:
+            time.sleep(seconds)
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """A database that is away for a moment is asked again at the next look."""
+    try:
+        yield
+    except UnknownStudyError:
+        raise
+    except StorageError:
+        pass
 
 
 def event(study: Study, record: Record) -> str:
     """One line for one training that ended."""
-    objective = study.objectives[0]
-    value = f" {objective.key} {record.value:.5g}" if record.value is not None else ""
-    rate = ""
-    if record.training.assignment is not None:
-        assignment = record.training.assignment
-        rate = f"  lr {assignment.lr:.3g}  mean rate {assignment.mean_rate:.2f}"
-    because = f" ({record.reason})" if record.reason else ""
-    state = record.state.value.lower()
-    return f"{record.training.name}: {state}{because}{value}  after {record.intervals_done}{rate}"
+    training, objective = record.training, study.objectives[0]
+    words = [f"{record.intervals_done} of {counted(training.intervals, 'interval')}"]
+    if record.value is not None:
+        words.append(f"{objective.key} {record.value:.5g}")
+    if training.assignment is not None:
+        words.append(f"lr {training.assignment.lr:.3g}")
+        words.append(f"mean rate {training.assignment.mean_rate:.2f}")
+    if record.reason:
+        words.append(because(record.reason))
+    return f"{training.name}: {record.state.value.lower()}, {', '.join(words)}"
 
 
 def panel(study: Study) -> Panel:
     """The study at this moment."""
-    progress = study.progress()
-    rows: list[object] = [_bar(progress), _counts(progress)]
+    progress, phase = study.progress(), study.phase()
+    rows: list[object] = [Text(" · ".join(_headline(study, progress, phase)))]
+    if phase in ("searching", "confirming"):
+        rows.append(_bar(study, progress, phase))
+    rows.append(Text(" · ".join(_counts(progress))))
     if progress.best is not None:
         rows.append(_standings(study, progress))
-    title = f"{study.name} · {study.phase()}"
+    title = f"{study.name} · {phase}"
     return Panel(Group(*rows), title=title, title_align="left")  # type: ignore[arg-type]
 
 
-def _bar(progress: Progress) -> Table:
-    row = Table.grid(padding=(0, 1))
-    total = progress.total or max(progress.finished, 1)
-    row.add_row(
-        ProgressBar(total=total, completed=min(progress.finished, total), width=40),
-        f"{progress.finished}/{progress.total or '?'} trials",
-        f"{progress.per_minute:.1f} trainings/min",
-        f"about {_duration(progress.seconds_left)} left" if progress.seconds_left else "",
-    )
-    return row
+def _headline(study: Study, progress: Progress, phase: str) -> Iterator[str]:
+    """How far it is, how fast it goes, how long it takes."""
+    done, queued = progress.confirmations
+    many = f"{progress.finished} of {progress.total}" if progress.total else str(progress.finished)
+    yield f"{many} trials"
+    if queued:
+        yield f"{done} of {counted(queued, 'confirmation')}"
+    if phase not in ("searching", "confirming"):
+        return
+    if progress.per_minute:
+        digits = 0 if progress.per_minute >= 10 else 1
+        yield f"{progress.per_minute:.{digits}f} trainings a minute"
+    elif not progress.running:
+        yield "waiting for workers"
+    if progress.seconds_left:
+        confirms = phase == "searching" and study.spec.confirm.enabled
+        rest = ", then confirming" if confirms else ""
+        yield f"about {duration(progress.seconds_left)} left{rest}"
 
 
-def _counts(progress: Progress) -> Text:
+def _bar(study: Study, progress: Progress, phase: str) -> Table:
+    done, total = progress.finished, progress.total or 0
+    if phase == "confirming":
+        done, total = progress.confirmations
+    elif not total:  # a budget of time or of intervals
+        done, total = int(1000 * _share(study, progress)), 1000
+    line = Table.grid(expand=True)  # a line of its own, as wide as there is room
+    line.add_row(ProgressBar(total=max(total, 1), completed=min(done, total)))
+    return line
+
+
+def _share(study: Study, progress: Progress) -> float:
+    limit = study.row.budget.intervals
+    spent = progress.intervals / limit if limit else 0.0
+    return min(max(spent, study.storage.progress(study.row.id).share), 1.0)
+
+
+def _counts(progress: Progress) -> list[str]:
     counts = progress.counts
-    words = [
+    return [
+        f"running {progress.running}",
         f"complete {counts[State.COMPLETE]}",
         f"pruned {counts[State.PRUNED]}",
-        f"running {counts[State.RUNNING]}",
-        f"queued {counts[State.QUEUED]}",
         f"failed {counts[State.FAIL]}",
+        f"queued {counts[State.QUEUED]}",
     ]
-    done, queued = progress.confirmations
-    if queued:
-        words.append(f"confirmations {done}/{queued}")
-    return Text("  ".join(words))
 
 
 def _standings(study: Study, progress: Progress) -> Table:
-    table = Table("", study.objectives[0].key, "lr", "mean rate", box=None)
+    """The best of the search beside each baseline's best, one training each."""
+    table = Table("of the search", study.objectives[0].key, "lr", "mean rate", box=None)
     rows = [("best", progress.best), *progress.baselines.items()]
     for name, record in rows:
         if record is None or record.training.assignment is None:
@@ -120,9 +169,3 @@ def _standings(study: Study, progress: Progress) -> Table:
         numbers = f"{record.value:.5g}", f"{assignment.lr:.3g}", f"{assignment.mean_rate:.2f}"
         table.add_row(label, *numbers)
     return table
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -11,65 +11,113 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from droptune.cli import panel
-from droptune.cli.options import config
-from droptune.errors import WorkRemainsError
+from droptune.cli.options import command, config, same_command
+from droptune.errors import DroptuneError, UnknownStudyError, WorkRemainsError
 
 if TYPE_CHECKING:
+    from droptune.launch.order import Order
+    from droptune.mirror import Tracking
     from droptune.study import Study
 
 
 def run_here(
     study: Study,
     root: Path,
-    file: Path,
     *,
+    storage: str | None = None,
     device: str = "auto",
     workers: int | None = None,
     width: str = "auto",
     confirm: bool = True,
 ) -> None:
-    """Train until the study is done, then mirror the rest and print the answer."""
+    """Train until the study is done, then mirror the rest and print the answer.
+
+    `storage` is the flag that the user gave: commands to paste repeat it.
+    """
     from droptune import answer
 
+    tracking = _tracking(study)  # an address that cannot be used is refused before training
     if study.spec.confirm.enabled != confirm:
         study.reconfigure(confirm=replace(study.spec.confirm, enabled=confirm))
     if study.phase() == "stopped":
+        print(f"study {study.name!r} was stopped; going on")
         study.storage.update_study(study.row.id, status="active")
-    if study.phase() != "done":
-        _train_here(study, root, file, device, workers, width)
-    finish_mirror(study)
+    if study.phase() == "done":
+        print(f"study {study.name!r} is done: nothing to train")
+    else:
+        _train_here(study, root, tracking, storage, device, workers, width)
+    if tracking is not None:
+        finish_mirror(study, tracking, root, storage)
+    if study.phase() == "stopped":
+        print(f"study {study.name!r} was stopped; go on with: {same_command(storage)}")
+        return
     print(f"\n{answer.text(study)}\n")
-    print(f"lines for your script: droptune study best {study.name} --code")
-    print(f"report:                droptune study report {study.name}")
+    for what, words in _next(study).items():
+        print(f"{what:<23}{command(*words, storage=storage)}")
+
+
+def _next(study: Study) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {
+        "lines for your script:": ("study", "best", study.name, "--code"),
+        "report:": ("study", "report", study.name),
+    }
     if study.spec.mlflow.mirror != "none":
-        print(f"in MLflow:             droptune mirror ui {study.name}")
+        found["in MLflow:"] = ("mirror", "ui", study.name)
+    return found
+
+
+def _tracking(study: Study) -> Tracking | None:
+    """The MLflow that this study is mirrored to, by us and by our workers; None: by nobody here."""
+    if study.spec.mlflow.mirror != "worker":
+        return None
+    from droptune.mirror import Tracking
+
+    settings = config(_url(study))
+    return Tracking.resolve(settings.tracking, settings.storage)
+
+
+def _url(study: Study) -> str:
+    return study.storage.database.address.url.render_as_string(hide_password=False)
 
 
 def _train_here(
-    study: Study, root: Path, file: Path, device: str, workers: int | None, width: str
+    study: Study,
+    root: Path,
+    tracking: Tracking | None,
+    storage: str | None,
+    device: str,
+    workers: int | None,
+    width: str,
 ) -> None:
     from droptune.launch.devices import cores, own_gpus, present_gpus, select_gpus
-    from droptune.launch.local import LocalLauncher
     from droptune.launch.order import Order
 
-    settings = config(study.storage.database.address.url.render_as_string(hide_password=False))
     gpus = select_gpus(device, own_gpus(os.environ, present_gpus()))
     order = Order(
         study.name,
         root,
-        settings.storage,
+        _url(study),
         workers=workers or (None if gpus else cores()),
         device=device,
         width=width,
-        tracking=settings.tracking,
+        tracking=None if tracking is None else tracking.uri,
     )
     try:
-        with _watching(study):
-            LocalLauncher().submit(order, lambda jobs: None)
+        _supervise(study, order)
     except WorkRemainsError:
         raise WorkRemainsError(
-            f"stopped; nothing is lost, go on with: droptune study run {file}"
+            f"stopped; nothing is lost, go on with: {same_command(storage)}"
         ) from None
+    except UnknownStudyError:
+        raise DroptuneError(f"study {study.name!r} was deleted while it was trained") from None
+
+
+def _supervise(study: Study, order: Order) -> None:
+    from droptune.launch.local import LocalLauncher
+
+    with _watching(study):
+        LocalLauncher().submit(order, lambda jobs: None)
+    study.refresh()
 
 
 @contextmanager
@@ -88,17 +136,18 @@ def _watching(study: Study) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def finish_mirror(study: Study) -> None:
+def finish_mirror(study: Study, tracking: Tracking, root: Path, storage: str | None = None) -> None:
     """Bring MLflow up to date; what fails is said and left to `droptune mirror sync`."""
-    if study.spec.mlflow.mirror != "worker":
-        return
-    from droptune.mirror import Mirror, Tracking
+    from droptune.mirror.opening import open_mirror
 
-    settings = config()
-    mirror = Mirror(
-        study.storage, study.name, Tracking.resolve(settings.tracking, settings.storage)
-    )
+    print(f"writing what is missing to MLflow ({tracking.redacted}) …", flush=True)
+    mirror = open_mirror(study, tracking, root)
     result = mirror.sync_once(refresh=True)
-    if result.reason:
-        print(f"MLflow is behind ({result.reason}); later: droptune mirror sync {study.name}")
+    later = command("mirror", "sync", study.name, storage=storage)
+    if not result.holder:
+        print(f"another process is writing to MLflow; see later: {later}")
+    elif result.reason:
+        print(f"MLflow is behind ({result.reason}); later: {later}")
+    for training_id, reason in result.set_aside.items():
+        print(f"MLflow did not take training {training_id} ({reason})")
     mirror.release()

@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from droptune.cli.mirror import behind
 from droptune.cli.options import (
     JsonOption,
     NameArgument,
     StorageOption,
+    command,
     config,
+    console,
     open_storage,
     open_study,
     print_json,
+    writing,
 )
+from droptune.training import State
+from droptune.verdict.wording import counted
 
 if TYPE_CHECKING:
     from droptune.preparation import Prepared
@@ -28,14 +34,16 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The study file (YAML).")]
 RenameOption = Annotated[
-    str | None, typer.Option("--name", help="Another name than the file says.")
+    str | None, typer.Option("--name", metavar="NAME", help="Another name than the file says.")
 ]
 
 
 @app.command()
 def init(
     program: Annotated[str, typer.Argument(metavar="PROGRAM", help="file.py[:name]")],
-    output: Annotated[Path | None, typer.Option("-o", help="Default: beside the program.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", metavar="FILE", help="Default: beside the program.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Write a study file for PROGRAM, filled with its sites and the author's rates."""
@@ -49,10 +57,13 @@ def init(
     if path.exists() and not force:
         raise SpecError(f"{path} exists; give another file with -o, or replace it with --force")
     loaded = load_program(program, project_root(Path.cwd()))
+    loaded.check()
     sites = find_program_sites(loaded).sites
-    path.write_text(study_file(program, path, loaded, sites), encoding="utf-8")
-    print(f"wrote {path}: {len(sites)} sites")
-    print(f"next: droptune study run {path}")
+    text = study_file(program, path, loaded, sites)
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}: {counted(len(sites), 'site')}")
+    print(f"next: {command('study', 'run', str(path))}")
 
 
 @app.command()
@@ -68,7 +79,12 @@ def create(file: FileArgument, name: RenameOption = None, storage: StorageOption
     """Create the study in SQL; print its predicted cost and the next command."""
     study, prepared, created = _create(file, name, storage)
     introduce(study, prepared, created)
-    print(f"next: droptune worker start {study.name} --until-done")
+    project = () if prepared.root == config().root else ("--project", str(prepared.root))
+    print(f"next: {_worker(study.name, storage, *project)}")
+
+
+def _worker(name: str, storage: str | None, *options: str) -> str:
+    return command("worker", "start", name, "--until-done", *options, storage=storage)
 
 
 def _create(file: Path, name: str | None, url: str | None) -> tuple[Study, Prepared, bool]:
@@ -97,12 +113,20 @@ def introduce(study: Study, prepared: Prepared, created: bool) -> None:
     if study.pruner.note:
         print(f"  {study.pruner.note}")
     trials = study.spec.budget.trials
-    search = f"up to {trials} × {study.intervals}" if trials else f"trials of {study.intervals}"
+    search = f"up to {trials} trials" if trials else "trials"
+    length = counted(study.intervals, "interval")
+    print(f"  cost: {search} of {length} to search, then {_confirming(study)}")
+
+
+def _confirming(study: Study) -> str:
+    """What confirming will cost."""
+    if not study.spec.confirm.enabled:
+        return "no confirmation"
     cost = study.cost()
-    print(
-        f"  cost: {search} intervals of search, then {cost.least} to {cost.most} confirmations "
-        f"({cost.intervals_least} to {cost.intervals_most} intervals)"
-    )
+    many, intervals = f"{cost.least}", f"{cost.intervals_least}"
+    if cost.least < cost.most:
+        many, intervals = f"{many} to {cost.most}", f"{intervals} to {cost.intervals_most}"
+    return f"{many} confirmations ({intervals} intervals)"
 
 
 @app.command()
@@ -113,9 +137,12 @@ def run(
         str, typer.Option("--device", metavar="auto|cpu|cuda:0,2", help="Devices of this machine.")
     ] = "auto",
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="CPU workers; default: the cores.")
+        int | None,
+        typer.Option("--workers", metavar="N", min=1, help="CPU workers; default: the cores."),
     ] = None,
-    width: Annotated[str, typer.Option("--width", metavar="auto|K")] = "auto",
+    width: Annotated[
+        str, typer.Option("--width", metavar="auto|K", help="Trainings fused on each device.")
+    ] = "auto",
     confirm: Annotated[
         bool, typer.Option("--confirm/--no-confirm", help="Confirm the winner on fresh seeds.")
     ] = True,
@@ -127,7 +154,13 @@ def run(
     study, prepared, created = _create(file, name, storage)
     introduce(study, prepared, created)
     run_here(
-        study, prepared.root, file, device=device, workers=workers, width=width, confirm=confirm
+        study,
+        prepared.root,
+        storage=storage,
+        device=device,
+        workers=workers,
+        width=width,
+        confirm=confirm,
     )
 
 
@@ -138,20 +171,24 @@ def list_(json: JsonOption = False, storage: StorageOption = None) -> None:
     if json:
         print_json([asdict(summary) for summary in summaries])
         return
-    from rich.console import Console
+    if not summaries:
+        print(f"no studies yet; create one: {command('study', 'create', 'FILE', storage=storage)}")
+        return
     from rich.table import Table
 
-    table = Table("study", "state", "trials", "running", "best", "created", box=None)
+    table = Table("study", "state", "trials", "running", "best of search", "created", box=None)
     for s in summaries:
         state = s.phase if s.status == "active" else s.status
         best = f"{s.best:.5g}" if s.best is not None else ""
-        created = f"{s.created:%Y-%m-%d %H:%M}"
-        table.add_row(s.name, state, str(_finished(s)), str(s.running), best, created)
-    Console().print(table)
+        created = f"{s.created.astimezone():%Y-%m-%d %H:%M}"
+        table.add_row(s.name, state, _trials(s), str(s.running), best, created)
+    console().print(table)
 
 
-def _finished(summary: StudySummary) -> int:
-    return sum(count for state, count in summary.trials.items() if state.finished)
+def _trials(summary: StudySummary) -> str:
+    """How many have ended, of how many where that is known."""
+    ended = sum(count for state, count in summary.trials.items() if state.finished)
+    return f"{ended} of {summary.budget.trials}" if summary.budget.trials else str(ended)
 
 
 @app.command()
@@ -168,18 +205,21 @@ def show(
         from droptune.cli.trial import to_json
 
         trainings = [to_json(record) for record in study.records()]
-        print_json({"name": study.name, "phase": study.phase(), "trainings": trainings})
+        mirror = list(behind(study.storage, name))
+        found = {"name": study.name, "phase": study.phase(), "mirror": mirror}
+        print_json({**found, "trainings": trainings})
         return
-    from rich.console import Console
-
     from droptune.cli import panel
 
     if watch:
         panel.watch(study, lambda: study.phase() in ("done", "stopped"), seconds=1.0)
         return
-    Console().print(panel.panel(study))
+    console().print(panel.panel(study))
     for line in _news(study):
         print(line)
+    if study.phase() in ("done", "stopped"):
+        words = ("best",) if study.phase() == "done" else ("resume",)
+        print(f"next: {command('study', *words, name, storage=storage)}")
 
 
 def _news(study: Study) -> Iterator[str]:
@@ -190,9 +230,12 @@ def _news(study: Study) -> Iterator[str]:
             trainings = ", ".join(h.training.name for h in mine[:6])
             more = f" and {len(mine) - 6} more" if len(mine) > 6 else ""
             yield f"worker {worker.id} ({worker.host}, {worker.device}): {trainings}{more}"
-    reason = study.storage.mirror_state(study.row.id).get("reason")
-    if reason:
-        yield f"MLflow is behind: {reason}"
+    failed = [r for r in study.records() if r.state is State.FAIL]
+    if failed:
+        last = failed[-1]
+        why = f" ({last.reason})" if last.reason else ""
+        yield f"{counted(len(failed), 'training')} failed, at last {last.training.name}{why}"
+    yield from behind(study.storage, study.name)
 
 
 @app.command()
@@ -219,24 +262,41 @@ def best(
 @app.command()
 def confirm(
     name: NameArgument,
-    top: Annotated[int | None, typer.Option("--top", min=1, help="Front runners.")] = None,
-    max_seeds: Annotated[int | None, typer.Option("--max-seeds", min=3)] = None,
+    top: Annotated[
+        int | None, typer.Option("--top", metavar="N", min=1, help="How many front runners.")
+    ] = None,
+    max_seeds: Annotated[
+        int | None,
+        typer.Option("--max-seeds", metavar="N", min=3, help="At most so many seeds each."),
+    ] = None,
     ablate: Annotated[
-        bool, typer.Option("--ablate", help="Leave each group of sites out.")
+        bool, typer.Option("--ablate", help="Also the winner without each group of sites.")
     ] = False,
     storage: StorageOption = None,
 ) -> None:
     """Queue confirmations (or more of them) for the workers; trains nothing itself."""
     study = open_study(name, storage)
     queued = study.confirm(top=top, max_seeds=max_seeds, ablate=ablate)
-    print(f"{queued} trainings queued; next: droptune worker start {name} --until-done")
+    if queued:
+        print(f"{counted(queued, 'training')} queued; next: {_worker(name, storage)}")
+    else:
+        print("nothing to queue: what was asked for is confirmed or queued already")
 
 
 @app.command()
 def report(
     name: NameArgument,
-    output: Annotated[Path | None, typer.Option("-o", help="Default: NAME.html.")] = None,
-    format: Annotated[str, typer.Option("--format", metavar="html|markdown|text|json")] = "html",
+    output: Annotated[
+        Path | None, typer.Option("-o", metavar="FILE", help="Default: NAME.html.")
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="html|markdown|text|json",
+            help="All but html are printed without -o.",
+        ),
+    ] = "html",
     storage: StorageOption = None,
 ) -> None:
     """Write the report of a study as one self-contained HTML file (or print it)."""
@@ -248,35 +308,44 @@ def report(
         print(text)
         return
     path = output or Path(f"{study.file_name}.html")
-    path.write_text(text, encoding="utf-8")
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
     print(f"wrote {path}")
 
 
 @app.command()
 def export(
     name: NameArgument,
-    output: Annotated[Path, typer.Option("-o", help="FILE.csv, FILE.json or FILE.parquet")],
+    output: Annotated[
+        Path, typer.Option("-o", metavar="FILE", help="FILE.csv, FILE.json or FILE.parquet")
+    ],
     storage: StorageOption = None,
 ) -> None:
     """Write every training with its assignment, measurements and end to a file."""
     from droptune.export import write
 
-    rows = write(open_study(name, storage).records(), output)
-    print(f"wrote {output}: {rows} rows")
+    records = open_study(name, storage).records()
+    with writing(output):
+        rows = write(records, output)
+    print(f"wrote {output}: {counted(rows, 'row')}")
 
 
 @app.command()
 def stop(name: NameArgument, storage: StorageOption = None) -> None:
     """Stop a study on every worker; nothing is lost, `study resume` goes on."""
     _set_status(name, storage, "stopped")
-    print(f"study {name!r} stopped; go on with: droptune study resume {name}")
+    resuming = command("study", "resume", name, storage=storage)
+    print(f"study {name!r} stopped; go on with: {resuming}")
 
 
 @app.command()
 def resume(name: NameArgument, storage: StorageOption = None) -> None:
     """Let workers go on with a stopped study."""
     _set_status(name, storage, "active")
-    print(f"study {name!r} is active; next: droptune worker start {name} --until-done")
+    if open_study(name, storage).phase() == "done":
+        print(f"study {name!r} is done; next: {command('study', 'best', name, storage=storage)}")
+    else:
+        print(f"study {name!r} is active; next: {_worker(name, storage)}")
 
 
 def _set_status(name: str, url: str | None, status: str) -> None:

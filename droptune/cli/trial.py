@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from droptune.answer import shown
 from droptune.cli.options import (
     JsonOption,
     NameArgument,
     ProjectOption,
     StorageOption,
     config,
+    console,
     open_study,
     print_json,
 )
 
 if TYPE_CHECKING:
+    from droptune.study import Study
     from droptune.training import Record
 
 app = typer.Typer(no_args_is_help=True)
@@ -38,29 +41,40 @@ def show(
     if json:
         print_json(to_json(record))
         return
-    from rich.console import Console
+    for line in _lines(study, record):
+        print(line)
+    console().print(_curve_table(record, [objective.key for objective in study.objectives]))
 
-    console = Console()
-    training = record.training
-    console.print(f"{training.name}: {record.state}{_because(record.reason)}")
+
+def _lines(study: Study, record: Record) -> Iterator[str]:
+    """What the trial is, how it ended, and what it was trained with."""
+    training, objective = record.training, study.objectives[0]
+    why = f" ({because(record.reason)})" if record.reason else ""
+    yield f"{training.name}: {record.state.value.lower()}{why}"
+    if record.value is not None:
+        yield f"{objective.key} {record.value:.5g}, taken at interval {record.best_interval}"
     if training.assignment is not None:
-        console.print(f"lr {training.assignment.lr:.6g}")
+        yield f"lr {training.assignment.lr:.4g}"
+        authors = {site.path: site.rate for site in study.sites}
         for site, rate in training.assignment.rates.items():
-            console.print(f"rate {rate:.4f}  {site}")
+            yield f"rate {rate:.3f}  {site} (author's {authors.get(site, 0.0):g})"
         for key, value in training.assignment.values.items():
-            console.print(f"{key} {value}")
+            yield f"{key} {shown(value)}"
     seeds = ", ".join(f"{name} {seed}" for name, seed in training.seeds.to_json().items())
-    console.print(f"attempt {training.attempt}, seeds: {seeds}")
-    console.print(f"worker {record.worker}, {_time(record.started)} to {_time(record.ended)}")
-    console.print(_curve_table(record, [objective.key for objective in study.objectives]))
+    again = f", attempt {training.attempt}" if training.attempt > 1 else ""
+    yield f"seeds: {seeds}{again}"
+    if record.started is not None:
+        yield f"worker {record.worker}, {_time(record.started)} to {_time(record.ended)}"
+
+
+def because(reason: str) -> str:
+    """Why a training ended; a pruned one trains on for the interval in which that is decided."""
+    words = reason.removeprefix("pruned at ")
+    return reason if words == reason else f"decided at {words}"
 
 
 def _time(moment: datetime | None) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC" if moment else "…"
-
-
-def _because(reason: str | None) -> str:
-    return f" ({reason})" if reason else ""
 
 
 SHOWN = ("train/loss", "val/nll", "val/accuracy", "val/rmse", "gap", "lr", "time/seconds")
@@ -102,7 +116,9 @@ def to_json(record: Record) -> dict[str, Any]:
 def replay(
     name: NameArgument,
     number: NumberArgument,
-    device: Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", metavar="auto|cpu|cuda[:N]|mps", help="Where to train.")
+    ] = "auto",
     project: ProjectOption = None,
     storage: StorageOption = None,
 ) -> None:

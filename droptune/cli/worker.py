@@ -16,10 +16,12 @@ from droptune.cli.options import (
     ProjectOption,
     StorageOption,
     config,
+    console,
     open_storage,
     print_json,
 )
 from droptune.errors import ConfigurationError, StorageError
+from droptune.verdict.wording import counted
 
 if TYPE_CHECKING:
     from droptune.storage import Storage, WorkerRow
@@ -37,7 +39,7 @@ SECONDS = {PATIENCE: 600.0, LEASE: 60.0, CHECKPOINT: 30.0, IDLE: 600.0}
 @app.command()
 def start(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="None: every active study.")
+        list[str] | None, typer.Argument(metavar="NAME", help="None: every active study.")
     ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="auto|cpu|cuda[:N]|mps", help="Where to train.")
@@ -50,7 +52,10 @@ def start(
     ] = False,
     project: ProjectOption = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="torch threads; default cores / workers.")
+        int | None,
+        typer.Option(
+            "--threads", metavar="N", min=1, help="torch threads; default: cores / workers."
+        ),
     ] = None,
     allow_drift: Annotated[
         bool, typer.Option("--allow-drift", help="Train although the code is not the study's.")
@@ -128,20 +133,23 @@ def _width(text: str) -> int:
 
 @app.command("list")
 def list_(json: JsonOption = False, storage: StorageOption = None) -> None:
-    """List workers: host, device, study, slots, last beat."""
+    """List the workers of the last hour: where they run, what they train, their last beat."""
     workers = [worker for worker in open_storage(storage).list_workers() if _is_shown(worker)]
     if json:
         print_json([asdict(worker) for worker in workers])
         return
-    from rich.console import Console
+    if not workers:
+        print("no workers in the last hour; start one: droptune worker start")
+        return
     from rich.table import Table
 
-    table = Table("worker", "host", "pid", "device", "job", "state", "trains", "beat", box=None)
+    head = ("worker", "host", "pid", "device", "job", "state", "trains", "last beat")
+    table = Table(*head, box=None)
     for w in workers:
         job = w.info.get("job") or ""
         beat = f"{w.beat.astimezone():%H:%M:%S}"
         table.add_row(str(w.id), w.host, str(w.pid), w.device, job, w.state, _trains(w), beat)
-    Console().print(table)
+    console().print(table)
 
 
 def _is_shown(worker: WorkerRow) -> bool:
@@ -154,4 +162,4 @@ def _trains(worker: WorkerRow) -> str:
     slots: dict[str, int] = {}
     for holding in worker.holds:
         slots[holding.study] = slots.get(holding.study, 0) + 1
-    return ", ".join(f"{study}: {count} slots" for study, count in slots.items())
+    return ", ".join(f"{study}: {counted(count, 'slot')}" for study, count in slots.items())

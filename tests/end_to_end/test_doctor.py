@@ -38,7 +38,7 @@ def test_all_is_well(tmp_path):
     assert code == 0, lines
     assert list(lines) == ["versions", "database", "workers", "mlflow", "devices", "project",
                            "study 'study'"]  # fmt: skip
-    assert "1 studies (1 to be trained)" in lines["database"]
+    assert "1 study (1 to be trained)" in lines["database"]
     assert "will be made" in lines["mlflow"]
     assert not (tmp_path / "mlflow.db").exists()
 
