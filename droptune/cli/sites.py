@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from droptune.cli.options import JsonOption, print_json
+from droptune.cli.options import JsonOption, console, print_json
 
 if TYPE_CHECKING:
-    from droptune.sites.installed import Discovery
+    from rich.table import Table
+
+    from droptune.sites.site import Discovery, Site
 
 
 def sites(
@@ -18,16 +22,25 @@ def sites(
         str, typer.Argument(metavar="PROGRAM", help="file.py[:name] or package.module[:name]")
     ],
     input: Annotated[
-        str | None,
-        typer.Option("--input", metavar="SHAPE", help="For a bare module: 1,1,28,28"),
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="[NAME=]SHAPE[:LOW..HIGH]",
+            help="An input of a bare model, again for each: 1,1,28,28 are random floats, "
+            "input_ids=2,16:0..999 whole numbers such as tokens, mask=2,16:bool all True.",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show every dropout site of PROGRAM, what cannot be tuned, and the suggested grouping."""
-    from droptune.preparation import examine
+    """Show every dropout site of PROGRAM, what cannot be tuned, and the suggested grouping.
+
+    A bare model (a class, a built model, a function that builds one) needs --input.
+    """
+    from droptune.sites.examination import ExampleInput, examine
     from droptune.space.grouping import suggest_groups
 
-    discovery = examine(program, Path.cwd(), _shape(input))
+    inputs = [ExampleInput.parse(text) for text in input or ()]
+    discovery = examine(program, Path.cwd(), inputs)
     groups = suggest_groups(discovery.sites)
     if json:
         print_json(discovery.to_json() | {"groups": groups})
@@ -35,32 +48,54 @@ def sites(
         show(discovery, groups)
 
 
-def _shape(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no shape; write it like 1,1,28,28") from None
-
-
 def show(discovery: Discovery, groups: dict[str, list[str]]) -> None:
     """Print the table of sites, then what cannot be tuned and what to beware of."""
-    from rich.console import Console
-    from rich.table import Table
+    if discovery.sites:
+        console().print(_table(discovery))
+    else:
+        print(
+            "no dropout acts in this model: add sites in the study file, for example\n"
+            "  insert: [{after: ReLU, kind: element}]\n"
+            "where `after` is the type of a module or a glob on its path (`encoder.*.act`)"
+        )
+    for item in discovery.untunable:
+        print(f"not tunable: {item.module or 'model'}: {item.operation} ({item.reason})")
+    for warning in discovery.warnings:
+        print(f"warning: {warning}")
+    for line in _suggestion(discovery, groups):
+        print(line)
 
-    console = Console()
-    table = Table("site", "kind", "author's rate", "shape", "calls", "feeds", box=None)
+
+def _table(discovery: Discovery) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    names = ("site", "kind", "author's rate", "shape", "calls", "feeds", "line")
+    table = Table(box=None)
+    for name in names:
+        table.add_column(name, overflow="fold")
     for site in discovery.sites:
         shape = "×".join(str(n) for n in site.shape)
-        feeds = site.feeds or ""
-        table.add_row(site.path, site.kind, f"{site.rate:g}", shape, str(site.calls), feeds)
-    console.print(table)
-    for item in discovery.untunable:
-        console.print(f"not tunable: {item.module}: {item.operation} ({item.reason})")
-    for warning in discovery.warnings:
-        console.print(f"warning: {warning}")
+        row = (site.path, site.kind, f"{site.rate:g}", shape, str(site.calls), site.feeds or "")
+        table.add_row(*map(Text, (*row, _line(site))))
+    return table
+
+
+def _line(site: Site) -> str:
+    """Where a site is that has no module of its own; relative to here where it lies below."""
+    if not site.call:
+        return ""
+    below = os.path.relpath(site.line) if site.line else ""
+    return site.line if below.startswith("..") else below
+
+
+def _suggestion(discovery: Discovery, groups: dict[str, list[str]]) -> Iterator[str]:
+    count = len(discovery.sites)
     if groups:
-        console.print(f"suggested: {len(groups)} rates for {len(discovery.sites)} sites")
+        yield f"suggested: {len(groups)} rates for {count} sites"
         for name, paths in groups.items():
-            console.print(f"  {name}: {', '.join(paths[:4])}{' …' if len(paths) > 4 else ''}")
+            yield f"  {name}: {', '.join(paths)}"
+    elif count == 1:
+        yield "suggested: a rate for this site"
+    elif count:
+        yield f"suggested: a rate for each of the {count} sites"

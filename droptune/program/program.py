@@ -36,7 +36,7 @@ from droptune.program.metrics import (
 )
 from droptune.program.optimizers import MakeOptimizer, make_optimizer, make_schedule
 from droptune.program.soundness import check_loss, check_model
-from droptune.program.source import blamed, import_source, pick
+from droptune.program.source import blamed, defined_in, import_source, pick
 from droptune.program.tasks import (
     Loss,
     Metrics,
@@ -56,8 +56,8 @@ __all__ = [
     "adapt",
     "classification",
     "default_values",
-    "load_model",
     "load_program",
+    "load_program_or_model",
     "regression",
 ]
 
@@ -424,23 +424,38 @@ def load_program(reference: str, root: Path) -> Program:
     imported is refused before it runs. Raises ProgramError.
     """
     source = import_source(reference, root)
-    found = pick(source, lambda value: isinstance(value, Program) or is_long_form(value), "program")
+    found = pick(source, _is_program, "program")
+    if _is_model(found) or _is_built(found):
+        raise ProgramError(
+            f"{reference} is a model without a program: write one:\n\n{source.text.skeleton}"
+        )
     try:
         return adapt(found)
     except ProgramError as error:
         raise ProgramError(f"{source.where}: {error}") from error
 
 
-def load_model(reference: str, root: Path) -> Callable[[], nn.Module]:
-    """Only the model: of a program, or a bare `nn.Module` class (or function) in the file."""
+def load_program_or_model(reference: str, root: Path) -> Program | Callable[[], nn.Module]:
+    """What a reference names, or the file's program, or its only model: a built `nn.Module`, or
+    a class of one. A named function without arguments builds a model. Raises ProgramError."""
     source = import_source(reference, root)
-    found = pick(source, _can_be_model, "model")
-    if isinstance(found, Program) or is_long_form(found):
-        return adapt(found).model
+    own = [value for value in vars(source.module).values() if defined_in(value, source)]
+    fits = next((fits for fits in (_is_program, _is_built) if any(map(fits, own))), _is_model)
+    found = pick(source, fits, "program or model")
+    if _is_program(found):
+        return adapt(found)
+    if _is_built(found):
+        return lambda: found
     return _fresh(found, None)
 
 
-def _can_be_model(value: Any) -> bool:
-    if isinstance(value, Program) or is_long_form(value):
-        return True
+def _is_program(value: Any) -> bool:
+    return isinstance(value, Program) or is_long_form(value)
+
+
+def _is_built(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def _is_model(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, nn.Module)

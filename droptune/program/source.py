@@ -322,7 +322,7 @@ def pick(source: Source, fits: Callable[[Any], bool], wanted: str) -> Any:
         return values[name]
     if fits(values.get("program")):
         return values["program"]
-    own = {n: value for n, value in values.items() if fits(value) and _defined_in(value, source)}
+    own = {n: value for n, value in values.items() if fits(value) and defined_in(value, source)}
     if len(own) == 1:
         return next(iter(own.values()))
     if own:
@@ -333,7 +333,7 @@ def pick(source: Source, fits: Callable[[Any], bool], wanted: str) -> Any:
     raise ProgramError(f"{source.where} has no {wanted}: write one:\n\n{source.text.skeleton}")
 
 
-def _defined_in(value: Any, source: Source) -> bool:
+def defined_in(value: Any, source: Source) -> bool:
     """Not merely imported there."""
     home = getattr(value, "__module__", source.module.__name__)
     return not isinstance(value, type) or home == source.module.__name__

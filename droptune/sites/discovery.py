@@ -33,7 +33,7 @@ from droptune.sites.randomness import (
 )
 from droptune.sites.routes import Routes, dropout_functions, replaced
 from droptune.sites.site import Discovery, Site, Untunable
-from droptune.sites.watch import Call, Watch, running_module
+from droptune.sites.watch import Call, Watch, line_of, running_module
 
 if TYPE_CHECKING:
     from droptune.program.program import Program
@@ -98,6 +98,7 @@ class _Finder:
             inserted=call.place.call.startswith("inserted-"),
             call=call.place.call,
             role=self.flow.role(x),
+            line=_line(),
         )
 
     def _free(self, owner: str, label: str) -> str:
@@ -129,6 +130,11 @@ class _Finder:
                 " of BatchNorm shifts its statistics between training and evaluation"
                 " (Li et al., CVPR 2019), so large rates may hurt."
             )
+
+
+def _line() -> str:
+    frame = line_of(sys._getframe())
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 class _DryWatch(Watch):

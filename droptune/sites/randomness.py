@@ -15,11 +15,14 @@ from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from droptune.sites.site import Untunable
-from droptune.sites.watch import running_module
+from droptune.sites.watch import line_of, running_module
 
 PathOf = Callable[[nn.Module | None], str]
 
-_TORCH_REASON = "draws its own random numbers{where}; only calls of dropout can get another rate"
+_TORCH_REASON = (
+    "draws its own random numbers{where}; if it is dropout, write it as nn.Dropout or F.dropout to "
+    "have it tuned"
+)
 _OTHER_REASON = "changes the generator of {library}, which droptune cannot replace by masks"
 
 
@@ -61,15 +64,12 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return bool(rate) if isinstance(rate, int | float) else "dropout_p" not in names
 
 
-def _where(frame: FrameType | None) -> str:
-    """The innermost line that is neither torch's nor ours."""
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if name.partition(".")[0] not in ("torch", "droptune"):
-            code = frame.f_code
-            return f" in {code.co_name} ({code.co_filename.rpartition('/')[2]}:{frame.f_lineno})"
-        frame = frame.f_back
-    return ""
+def _where(frame: FrameType) -> str:
+    line = line_of(frame)
+    if line is None:
+        return ""
+    code = line.f_code
+    return f" in {code.co_name} ({code.co_filename.rpartition('/')[2]}:{line.f_lineno})"
 
 
 def _numpy_random() -> Any:

@@ -29,6 +29,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _MODULE_CALLS = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
 # Frames of these files stand between a call and us; whoever wraps `Watch` adds its own.
 BETWEEN = {__file__, handle_torch_function.__code__.co_filename}
+DRY_STEP = ("droptune.sites.discovery", "_run")  # the function that runs the user's model
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,18 @@ def running_module(frame: FrameType | None) -> nn.Module | None:
         if frame.f_code in _MODULE_CALLS:
             module: nn.Module = frame.f_locals["self"]
             return module
+        frame = frame.f_back
+    return None
+
+
+def line_of(frame: FrameType | None) -> FrameType | None:
+    """The innermost line of a dry step that is neither torch's nor ours; None where all are."""
+    while frame is not None:
+        module, function = str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
+        if (module, function) == DRY_STEP:
+            return None
+        if module.partition(".")[0] not in ("torch", "droptune"):
+            return frame
         frame = frame.f_back
     return None
 

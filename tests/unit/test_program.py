@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from droptune.errors import ProgramError
 from droptune.program.metrics import CLASSIFICATION
-from droptune.program.program import adapt, classification, load_model, load_program, regression
+from droptune.program.program import (
+    adapt,
+    classification,
+    load_program,
+    load_program_or_model,
+    regression,
+)
 from droptune.program.source import fingerprint, project_root
 
 
@@ -405,8 +411,8 @@ def test_a_long_form_under_any_name(project):
 
 def test_a_bare_model_will_do_for_sites(project):
     root = project(IMPORTS + MODEL)
-    assert isinstance(load_model("mine.py", root)(), nn.Sequential)
-    assert isinstance(load_model("mine.py:Net", root)(), nn.Sequential)
+    assert isinstance(load_program_or_model("mine.py", root)(), nn.Sequential)
+    assert isinstance(load_program_or_model("mine.py:Net", root)(), nn.Sequential)
     with pytest.raises(ProgramError, match="has no program: write one:"):
         load_program("mine.py", root)
 
@@ -416,7 +422,7 @@ def test_the_skeleton_names_the_models_of_the_file(project):
     with pytest.raises(ProgramError, match="model=Deeper"):
         load_program("mine.py", root)
     with pytest.raises(ProgramError, match=r"several: Net, Deeper; name one: mine.py:Net"):
-        load_model("mine.py", root)
+        load_program_or_model("mine.py", root)
 
 
 @pytest.mark.parametrize(
