@@ -302,10 +302,12 @@ class StudySpec(Strict):
     def load(cls, path: Path) -> StudySpec:
         """The study that a YAML file describes; its program relative to the project's root.
 
+        Without a `name` it has the file's, with dashes for what a name cannot hold.
         Raises SpecError: the first fault with its line, in one line.
         """
         document = Document.read(path)
-        content = {"name": path.stem, **document.content}
+        stem = re.sub(r"[^\w.\-]+", "-", path.stem).strip(".-") or "study"
+        content = {"name": stem, **document.content}
         spec = checked(cls, content, document, _refused)
         return replace(spec, program=_from_root(spec.program, path))
 
