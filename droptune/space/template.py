@@ -11,6 +11,7 @@ import yaml
 
 from droptune.space.grouping import grows, patterns, suggest_groups
 from droptune.space.space import Space
+from droptune.spec.objective import DIRECTIONS
 from droptune.spec.ranges import MAX_RATE
 from droptune.spec.spec import StudySpec
 
@@ -50,7 +51,7 @@ seed: 0
 # `last` means you train {epochs} epochs; `best` means you keep the best epoch (early stopping).
 # The choice changes the answer: dropout learns slowly and pays late, so `last` often asks for
 # more of it, and with `best` even no dropout may tie.
-objective: {{metric: {metric}, take: last}}
+{several}objective: {{metric: {metric}, take: last}}
 
 # As long as you will train in the end: the best rates belong to this length.
 epochs: {epochs}
@@ -98,6 +99,7 @@ def study_file(reference: str, path: Path, program: Introduced, sites: Sequence[
         count=f"{len(sites)} dropout site{'s' if len(sites) > 1 else ''}",
         metrics=", ".join(program.metric_names),
         metric=spec.objectives[0].metric,
+        several=_several(spec.objectives[0].metric, program.metric_names),
         epochs=program.epochs,
         rates="\n".join(f"  {line}" for line in _rate_lines(sites, space)),
         lr=program.lr,
@@ -105,6 +107,13 @@ def study_file(reference: str, path: Path, program: Introduced, sites: Sequence[
         lr_high=space.lr.high,
         smoothing="# label_smoothing: {high: 0.3}" if smooth else "# values: {…}  # declared ones",
     )
+
+
+def _several(metric: str, names: Sequence[str]) -> str:
+    """How to ask for a second objective, where the program measures one."""
+    others = [n for n in ("accuracy", "mae", *names) if n in names and n != metric]
+    known = [name for name in others if name in DIRECTIONS]
+    return f"# Several are weighed together: objective: [{metric}, {known[0]}]\n" if known else ""
 
 
 def _beside(reference: str, path: Path) -> str:

@@ -222,9 +222,11 @@ class Described(Protocol):
 
 
 def _objectives(given: Any) -> Any:
-    if isinstance(given, str):
-        return [{"metric": given}]
-    return [given] if isinstance(given, Mapping) else given
+    """One objective or a list of them, each by its metric's name or with keys and values."""
+    listed = [given] if isinstance(given, str | Mapping) else given
+    if not isinstance(listed, list | tuple):
+        return listed
+    return [{"metric": each} if isinstance(each, str) else each for each in listed]
 
 
 _NAME = r"^\w[\w.\-]*$"
@@ -267,7 +269,7 @@ class StudySpec(Strict):
     objectives: Annotated[
         tuple[Objective, ...],
         BeforeValidator(
-            _objectives, json_schema_input_type=str | Objective | tuple[Objective, ...]
+            _objectives, json_schema_input_type=str | Objective | tuple[str | Objective, ...]
         ),
         Field(alias="objective"),
     ] = ()

@@ -471,6 +471,7 @@ def test_the_written_file_says_what_the_defaults_do(name, tmp_path, monkeypatch)
     read = StudySpec.load(path)
     assert read.program == "models/net.py:net"
     assert "probability of ZEROING" in text
+    assert "objective: [nll, accuracy]" in text
     assert all(s.path in text for s in sites)
     written, default = (
         [(p.sites, p.weights, p.low, p.high) for p in space.rates]
