@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SHOWN = ("winner", "none", "author", "half")
 POINTS = 240  # of a curve
+EARLY = 5  # the first fifth of a training may leave the picture, so that the end can be read
 
 
 @styled
@@ -54,7 +55,7 @@ def _training_key(evidence: Evidence, records: Sequence[Record]) -> str | None:
 
 def _fits(records: Sequence[Record], key: str, shown: Sequence[Array]) -> bool:
     """Whether training curves leave room to tell the validation curves apart."""
-    late = np.concatenate([rows[:, rows.shape[1] // 12 :].ravel() for rows in shown])
+    late = np.concatenate([rows[:, rows.shape[1] // EARLY :].ravel() for rows in shown])
     ends = [record.curves[key][-1] for record in records]
     low, high = min(float(late.min()), *ends), max(float(late.max()), *ends)
     return high - low <= 4 * float(late.max() - late.min())
@@ -103,7 +104,7 @@ def _limit(axes: Axes, evidence: Evidence, drawn: Sequence[Array]) -> None:
     if not drawn:
         return
     low, high = axes.get_ylim()
-    late = np.concatenate([rows[:, rows.shape[1] // 12 :].ravel() for rows in drawn])
+    late = np.concatenate([rows[:, rows.shape[1] // EARLY :].ravel() for rows in drawn])
     room = 0.08 * float(late.max() - late.min() or 1.0)
     if evidence.sign < 0:
         axes.set_ylim(low, min(high, float(late.max()) + room))

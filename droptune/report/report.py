@@ -14,9 +14,16 @@ from droptune.script import script
 from droptune.search.audit import Audit
 from droptune.verdict.evidence import Evidence
 from droptune.verdict.verdict import Verdict, members
-from droptune.verdict.wording import difference, level, metric_name
+from droptune.verdict.wording import better_word, difference, level, metric_name
 
 FORMATS = ("html", "markdown", "text", "json")
+MEANINGS = {
+    "nll": "negative log likelihood",
+    "rmse": "root mean squared error",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+    "ece": "expected calibration error",
+}
 BADGES = {
     "better": "dropout helps",
     "worse": "dropout hurts",
@@ -62,9 +69,11 @@ def conditions(evidence: Evidence) -> str:
     taken = "at the end" if objective.take == "last" else "at its best interval"
     train = evidence.sizes.get("train")
     samples = f", {train} training examples" if train else ""
+    means = [MEANINGS[objective.metric]] if objective.metric in MEANINGS else []
+    said = "; ".join([*means, f"{better_word(objective)} is better"])
     return (
-        f"objective {objective.metric} {taken} of {evidence.intervals} intervals{samples}; the "
-        "rates hold for this length and this data"
+        f"objective {metric_name(objective.metric)} ({said}), {taken} of {evidence.intervals} "
+        f"intervals{samples}; the rates hold for this length and this data"
     )
 
 
@@ -107,10 +116,11 @@ def price(verdict: Verdict) -> str:
     found = verdict.cost
     if found is None or found.none <= 0:
         return ""
-    more = 100 * (found.winner / found.none - 1)
+    more, low, high = (100 * (x - 1) for x in (found.winner / found.none, found.low, found.high))
     return (
         f"An interval takes {found.winner:.3g} s with dropout and {found.none:.3g} s without "
-        f"({more:+.0f} %; trainings fused in one group share their time)."
+        f"({more:+.0f} %, [{low:+.0f}, {high:+.0f}] over pairs of one seed; what else ran on the "
+        "machine counts, and trainings fused in one group share their time)."
     )
 
 
@@ -137,7 +147,7 @@ def _sections(evidence: Evidence, verdict: Verdict) -> list[tuple[str, list[str 
         ("", [verdict.sentence, verdict.second, *verdict.details, overfit]),
         ("Rates to use", [f"{reason}." if reason else "", tables.rates(evidence, verdict)]),
         ("Comparisons", [shown, curse(evidence, verdict)]),
-        ("All metrics", [tables.metrics(members(evidence, verdict))]),
+        ("All metrics", [tables.metrics(evidence, members(evidence, verdict))]),
         ("One group left out", [left_out]),
         ("Importance", [tables.importance(evidence, verdict), together, *verdict.warnings]),
         ("Calibration", [tables.calibration(verdict)]),
@@ -227,7 +237,7 @@ def _tables(evidence: Evidence, verdict: Verdict) -> dict[str, Any]:
         "rates": tables.rates(evidence, verdict),
         "comparisons": tables.comparisons(evidence, verdict.comparisons),
         "ablation": tables.comparisons(evidence, verdict.ablation),
-        "metrics": tables.metrics(members(evidence, verdict)),
+        "metrics": tables.metrics(evidence, members(evidence, verdict)),
         "calibration": tables.calibration(verdict),
     }
 

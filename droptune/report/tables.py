@@ -28,6 +28,7 @@ WHOM = {
     "none at the winner's lr": "no dropout, winner's lr",
     "winner": "dropout found",
 }
+REDUNDANT = ("error", "precision", "recall")  # what accuracy and F1 say, not in the table
 STOPPED = {
     "decided": "decided",
     "hopeless": "given up: not decidable",
@@ -160,24 +161,43 @@ def _number(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.3f}"
 
 
-def metrics(trained: Mapping[str, Sequence[Record]]) -> Table | None:
-    """Every validation metric of the compared members: mean and standard deviation over seeds."""
-    names = sorted({k for records in trained.values() for r in records for k in r.curves})
-    shown = [name for name in names if name.startswith("val/") and name != "val/gap"]
-    if not shown or len(trained) < 2:
+def metrics(evidence: Evidence, trained: Mapping[str, Sequence[Record]]) -> Table | None:
+    """The metrics of the compared members: mean and standard deviation over seeds.
+
+    On the test set where all were scored there, else on validation data.
+    """
+    everyone = [record for records in trained.values() for record in records]
+    tested = all(record.training.id in evidence.tested for record in everyone)
+    split = "test" if tested else "validation"
+    found = {
+        label: [_measured(evidence, record, tested=tested) for record in records]
+        for label, records in trained.items()
+    }
+    names = {name for each in found.values() for one in each for name in one}
+    objective = evidence.objective.metric
+    shown = sorted(names - {*REDUNDANT, objective})
+    if not names or len(trained) < 2:
         return None
-    rows = []
-    for label, records in trained.items():
-        cells = [_spread(name, values_at_objective(records, name)) for name in shown]
-        rows.append((WHOM.get(label, label), *cells))
-    return Table(("validation", *(metric_name(n.removeprefix("val/")) for n in shown)), tuple(rows))
+    order = ([objective] if objective in names else []) + shown
+    rows = [
+        (WHOM.get(label, label), *(_spread(n, [m[n] for m in each if n in m]) for n in order))
+        for label, each in found.items()
+    ]
+    return Table((split, *(metric_name(name) for name in order)), tuple(rows))
 
 
-def _spread(key: str, values: Sequence[float]) -> str:
+def _measured(evidence: Evidence, record: Record, *, tested: bool) -> Mapping[str, float]:
+    if tested:
+        return evidence.tested[record.training.id]
+    names = [key.removeprefix("val/") for key in record.curves if key.startswith("val/")]
+    found = {name: values_at_objective([record], f"val/{name}") for name in names if name != "gap"}
+    return {name: values[0] for name, values in found.items() if values}
+
+
+def _spread(metric: str, values: Sequence[float]) -> str:
     """`0.481 ± 0.004`, in the metric's own form."""
     if not values:
         return "–"
-    metric = key.removeprefix("val/")
     mean = sum(values) / len(values)
     if len(values) < 2:
         return level(metric, mean)

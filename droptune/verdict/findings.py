@@ -14,7 +14,7 @@ from droptune.verdict.comparison import test_scores
 from droptune.verdict.confirmation import Plan, best_baselines
 from droptune.verdict.evidence import Evidence
 from droptune.verdict.reliability import Reliability, pooled
-from droptune.verdict.statistics import Array, finite
+from droptune.verdict.statistics import Array, finite, paired
 from droptune.verdict.surface import Slice, Surface, interaction
 from droptune.verdict.wording import learning_rate, level, metric_name, rate
 
@@ -90,22 +90,24 @@ def edge(value: float, searched: tuple[float, float] | None, *, log: bool = Fals
 
 
 def edge_warnings(
-    evidence: Evidence, sites: Iterable[SiteFinding], found: Assignment
+    evidence: Evidence, sites: Iterable[SiteFinding], found: Assignment, none: Assignment | None
 ) -> tuple[str, ...]:
-    """One line for each value that lies at the end of its range."""
+    """One line for each value that lies at the end of its range, no dropout's lr among them."""
     warnings = [
         f"the winner's rate {rate(site.winner)} at {site.path} lies at the {site.edge} end of its "
         f"range ({_span(evidence.ranges[site.path])}); widen it, the best may lie beyond"
         for site in sites
         if site.edge is not None
     ]
-    searched = evidence.ranges.get("lr")
-    at = edge(found.lr, searched, log=True)
-    if at is not None and searched is not None:
-        warnings.append(
-            f"the winner's lr {learning_rate(found.lr)} lies at the {at} end of its range "
-            f"({learning_rate(searched[0])} to {learning_rate(searched[1])}); widen it"
-        )
+    advice = {"the winner's": "widen it", "no dropout's": "it may do better beyond; widen it"}
+    for whose, one in zip(advice, (found, none), strict=True):
+        searched = evidence.ranges.get("lr")
+        at = edge(one.lr, searched, log=True) if one else None
+        if one is not None and at is not None and searched is not None:
+            warnings.append(
+                f"{whose} lr {learning_rate(one.lr)} lies at the {at} end of its range "
+                f"({learning_rate(searched[0])} to {learning_rate(searched[1])}); {advice[whose]}"
+            )
     return tuple(warnings)
 
 
@@ -196,8 +198,8 @@ def _overfitting_sentence(
             "intervals."
         )
     return (
-        f"Without dropout training runs ahead of validation ({figures}), yet validation "
-        "does not turn round."
+        f"Without dropout this model fits the training data better than new data ({figures}), but "
+        "validation gets no worse towards the end."
     )
 
 
@@ -249,21 +251,30 @@ def _interaction_sentence(
 
 @dataclass(frozen=True)
 class DropoutCost(Finding):
-    """Seconds per interval with and without dropout, over the same seeds (medians)."""
+    """Seconds per interval with and without dropout, over the same seeds (medians).
+
+    `low` and `high`: the 95 % interval of their ratio, from pairs of one seed.
+    """
 
     winner: float
     none: float
+    low: float
+    high: float
 
 
 def dropout_cost(ours: Sequence[Record], theirs: Sequence[Record]) -> DropoutCost | None:
-    """What masks cost: median seconds per interval of the winner and of no dropout."""
-    seconds = [
-        [s for record in records for s in record.curves.get("time/seconds", ())]
-        for records in (ours, theirs)
-    ]
-    if not all(seconds):
+    """What masks cost in time: median seconds per interval of the winner and of no dropout."""
+    seconds = [[_seconds(record) for record in records] for records in (ours, theirs)]
+    a, b = np.array(seconds[0]), np.array(seconds[1])
+    if len(a) < 2 or not (np.all(a > 0) and np.all(b > 0)):
         return None
-    return DropoutCost(*(float(np.median(one)) for one in seconds))
+    ratio = paired(np.log(a / b))
+    low, high = math.exp(ratio.low), math.exp(ratio.high)
+    return DropoutCost(float(np.median(a)), float(np.median(b)), low, high)
+
+
+def _seconds(record: Record) -> float:
+    return float(np.median(record.curves.get("time/seconds") or [math.nan]))
 
 
 @dataclass(frozen=True)

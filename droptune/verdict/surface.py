@@ -54,7 +54,8 @@ class Slice:
 class Surface:
     """A Gaussian process over the completed trials of a search.
 
-    Matérn 5/2 with one length scale per input and learnt noise (Snoek et al. 2012). Values much
+    Matérn 5/2 with one length scale per input (of at least 0.3 of its range: a shorter one follows
+    noise between trials that crowd together) and learnt noise (Snoek et al. 2012). Values much
     worse than the median are pulled in, so that diverged trials do not set the scale; with more
     than 200 trials the better half of the places goes to the best.
     """
@@ -197,7 +198,7 @@ def _fit(unit: Array, target: Array) -> Any:
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-    smooth = Matern(np.full(unit.shape[1], 0.5), (0.05, 20.0), nu=2.5)
+    smooth = Matern(np.full(unit.shape[1], 0.5), (0.3, 20.0), nu=2.5)
     kernel = ConstantKernel(1.0, (0.05, 50.0)) * smooth + WhiteKernel(0.1, (1e-5, 1.5))
     process = GaussianProcessRegressor(kernel, alpha=1e-10)
     with warnings.catch_warnings():

@@ -151,7 +151,9 @@ def judge(evidence: Evidence) -> Verdict:
         calibration=_calibrations(evidence, planned),
         after_scaling=scaled,
         ablation=ablations(evidence, planned),
-        warnings=edge_warnings(evidence, sites, winner.assignment) if winner else (),
+        warnings=edge_warnings(evidence, sites, winner.assignment, _none(evidence))
+        if winner
+        else (),
         hints=hints(evidence, planned, compared),
         counts=_counts(evidence),
         plan=planned.reason,
@@ -187,6 +189,12 @@ def _sentence(
         return headline(evidence, outcome, {one.against: one for one in compared})
     none = next((m for m in best_baselines(evidence) if m.label == "none"), None)
     return provisional_headline(evidence, winner, none)
+
+
+def _none(evidence: Evidence) -> Assignment | None:
+    """No dropout at its own best learning rate."""
+    found = next((m for m in best_baselines(evidence) if m.label == "none"), None)
+    return found.assignment if found else None
 
 
 def _second(evidence: Evidence, compared: Sequence[Comparison]) -> str:
