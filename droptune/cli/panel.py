@@ -117,6 +117,8 @@ def _headline(study: Study, progress: Progress, phase: str) -> Iterator[str]:
         yield f"{done} of {counted(queued, 'confirmation')}"
     if phase not in ("searching", "confirming"):
         return
+    if progress.intervals:
+        yield f"{counted(progress.intervals, 'interval')} trained"
     if progress.per_minute:
         digits = 0 if progress.per_minute >= 10 else 1
         yield f"{progress.per_minute:.{digits}f} trainings a minute"
