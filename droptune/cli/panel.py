@@ -41,15 +41,34 @@ def watch(study: Study, done: Callable[[], bool], *, seconds: float = 0.5) -> No
 def _live(study: Study, done: Callable[[], bool], seconds: float) -> None:
     console = Console()
     redirect = sys.stderr.isatty()
-    with Live(
+    live = Live(
         panel(study), console=console, auto_refresh=False, transient=True, redirect_stderr=redirect
-    ) as live:
+    )
+    with _silent_keys(), live:
         while not done():
             time.sleep(seconds)
             with _patience():
                 live.update(panel(study), refresh=True)
     with _patience():
         console.print(panel(study))
+
+
+@contextmanager
+def _silent_keys() -> Iterator[None]:
+    """No ^C in the midst of the panel, which would leave pieces of it behind."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before]
+    silent[3] &= ~termios.ECHOCTL
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def _lines(study: Study, done: Callable[[], bool], seconds: float) -> None:
@@ -119,11 +138,12 @@ def _headline(study: Study, progress: Progress, phase: str) -> Iterator[str]:
         return
     if progress.intervals:
         yield f"{counted(progress.intervals, 'interval')} trained"
+    if not progress.running:
+        yield "no worker is training"
+        return
     if progress.per_minute:
         digits = 0 if progress.per_minute >= 10 else 1
         yield f"{progress.per_minute:.{digits}f} trainings a minute"
-    elif not progress.running:
-        yield "waiting for workers"
     if progress.seconds_left:
         confirms = phase == "searching" and study.spec.confirm.enabled
         rest = ", then confirming" if confirms else ""
