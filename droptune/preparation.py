@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from droptune.errors import ConfigurationError, SiteError
+from droptune.errors import ConfigurationError, SiteError, SpecError
 from droptune.program.program import Program, load_program
 from droptune.program.source import fingerprint
 from droptune.sites.installed import find_program_sites
@@ -78,6 +78,11 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
         )
     space = Space.of(discovery.sites, spec, program)
     splits = program.splits(0)
+    if spec.confirm.splits != "same" and "validation" not in splits.made:
+        raise SpecError(
+            f"confirm.splits is {spec.confirm.splits}, but {spec.program} gives validation data of "
+            "its own, which are never split again: leave validation= out there, or say splits: same"
+        )
     recipe = Recipe.of(program, discovery.sites, spec, torch.device("cpu"))
     trainer, reason = _trainer(recipe, spec)
     intervals = spec.intervals(program, splits.train.n)

@@ -39,6 +39,10 @@ class TrainingKind(StrEnum):
         return self in (TrainingKind.SEARCH, TrainingKind.BASELINE)
 
 
+FOLDS = 5  # data that are split off are one part in so many: the test set, then, of the rest,
+# the validation set
+
+
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on all parts and on nothing else (SHA-256 of their JSON)."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
@@ -67,13 +71,16 @@ class Seeds:
         )
 
     @classmethod
-    def of_confirmation(cls, study_seed: int, index: int, *, fresh_split: bool = False) -> Seeds:
-        """Seeds of the confirmations with this index: equal for all members of a pair."""
-        split = ("split", index) if fresh_split else ("split",)
+    def of_confirmation(cls, study_seed: int, index: int, splits: str = "same") -> Seeds:
+        """Seeds of the confirmations with this index: equal for all members of a pair.
+
+        `splits` same: that of the search; fresh: one drawn for each index; folds: five indices
+        in a row share a draw and take one fifth each.
+        """
         return cls(
             weights=derive_seed(study_seed, "confirmation", index),
             data=derive_seed(study_seed, "confirmation data", index),
-            split=derive_seed(study_seed, *split),
+            split=_split_of(study_seed, index, splits),
         )
 
     def to_json(self) -> dict[str, int]:
@@ -82,6 +89,14 @@ class Seeds:
     @classmethod
     def from_json(cls, data: Mapping[str, int]) -> Seeds:
         return cls(**data)
+
+
+def _split_of(study_seed: int, index: int, splits: str) -> int:
+    """A split seed names an order of the examples; its remainder, which fifth is held out."""
+    if splits == "folds":
+        draw = derive_seed(study_seed, "folds", index // FOLDS)
+        return draw - draw % FOLDS + index % FOLDS
+    return derive_seed(study_seed, "split", *([index] if splits == "fresh" else []))
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,8 @@ from droptune.program.data import (
 )
 from droptune.program.labels import check_labels, class_numbers
 from droptune.program.source import blamed
-from droptune.training import derive_seed
+from droptune.training import FOLDS, derive_seed
 
-SHARE = 0.2  # of the data at hand: first the test set, then the validation set of the rest
 LOOKED_AT = 16  # examples of a stream that are read to check it
 
 
@@ -291,22 +290,24 @@ class _Collate:
 
 
 def split_off(
-    data: InMemory | Streamed, seed: int, task: str, *, share: float = SHARE
+    data: InMemory | Streamed, seed: int, task: str
 ) -> tuple[InMemory | Streamed, InMemory | Streamed, str]:
-    """(the rest, a share of the examples, how it was drawn), drawn by the seed.
+    """(the rest, a fifth of the examples, how it was drawn), drawn by the seed.
 
     Classes keep their shares (stratified) where the class numbers are at hand: systematic
-    sampling of the shuffled examples in the order of their classes.
+    sampling of the shuffled examples in the order of their classes. Five seeds in a row from a
+    multiple of five draw the same order and take a fifth each (folds), all of one size.
     """
-    order = epoch_order(data.n, derive_seed("split", seed), 0)
+    draw, fold = divmod(seed, FOLDS)
+    order = epoch_order(data.n, derive_seed("split", draw), 0)
     classes = _classes(data) if task == "classification" else None
     if classes is not None:
         order = order[torch.argsort(classes[order], stable=True)]
-    marks = torch.floor(torch.arange(data.n + 1, dtype=torch.float64) * share)
-    taken = marks[1:] > marks[:-1]
+    positions = torch.arange(data.n)
+    taken = (positions % FOLDS == fold) & (positions < data.n // FOLDS * FOLDS)
     if not bool(taken.any()):
         raise ProgramError(
-            f"{data.n} examples are too few to split {share:.0%} off: give validation and test data"
+            f"{data.n} examples are too few to split a fifth off: give validation and test data"
         )
     by = "" if classes is None else ", by class,"
     how = f"{int(taken.sum())} of {data.n} examples{by}"

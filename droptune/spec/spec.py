@@ -24,6 +24,7 @@ __all__ = ["FREE_KEYS", "Objective", "StudySpec", "json_schema", "project_root"]
 SAMPLERS = ("auto", "tpe", "gp", "cmaes", "random", "qmc")
 PRUNERS = ("fair", "median", "percentile", "sha", "hyperband", "patient", "none")
 FREE_KEYS = ("budget", "priority", "mlflow.mirror", "confirm")  # may change on continuation
+FIXED_KEYS = ("confirm.splits",)  # but not these: pairs would no longer share their data
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -155,14 +156,18 @@ class Baselines(Strict):
 
 @dataclass(frozen=True)
 class Confirm(Strict):
-    """How front runners and baselines are retrained on fresh seeds."""
+    """How front runners and baselines are retrained on fresh seeds.
+
+    `splits`: on the same split into training and validation data as the search, on a fresh one for
+    each seed, or on folds (cross-validation); for small data without validation data of their own.
+    """
 
     enabled: bool = True
     top: Count = 3
     min_seeds: Annotated[int, Field(ge=2)] = 3
     max_seeds: Annotated[int, Field(ge=2)] = 10
     share: Annotated[float, Field(gt=0, le=1)] = 0.3333
-    fresh_splits: bool = False
+    splits: Literal["same", "fresh", "folds"] = "same"
     ablate: bool = False
 
     def __post_init__(self) -> None:
@@ -408,7 +413,8 @@ class StudySpec(Strict):
     @staticmethod
     def is_free(key: str) -> bool:
         """Whether a study may go on although this key has changed."""
-        return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+        free = any(key == each or key.startswith(f"{each}.") for each in FREE_KEYS)
+        return free and key not in FIXED_KEYS
 
 
 def json_schema() -> dict[str, Any]:

@@ -122,7 +122,7 @@ def after_scaling(evidence: Evidence, plan: Plan) -> Comparison | None:
     if evidence.objective.metric != "nll" or len(indices) < 2 or not complete:
         return None
     a, b = np.stack(held[0]), np.stack(held[1])
-    found = paired(b - a)
+    found = paired(b - a, overlap=evidence.overlap)
     each = tuple(float(x) for x in (b - a).mean(axis=1))
     means = float(a.mean()), float(b.mean())
     return Comparison(
@@ -144,7 +144,7 @@ def _one(
     else:
         rows, mean, other = measured
         data = "test"
-    found = paired(rows, share=share)
+    found = paired(rows, share=share, overlap=evidence.overlap)
     each = rows if rows.ndim == 1 else rows.mean(axis=1)
     return Comparison(
         against=member.label,

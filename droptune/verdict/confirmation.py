@@ -344,7 +344,9 @@ def _stopped(
         indices, ours, theirs = pairs(evidence, winner, member, design.schedule[look])
         gains = gain(evidence, ours, theirs)
         alpha = alpha_of(member.label, compared_members(evidence, design, winner))
-        why = settled(gains, design.schedule, look, alpha=alpha) if len(indices) > 1 else None
+        overlap = evidence.overlap
+        known = len(indices) > 1
+        why = settled(gains, design.schedule, look, alpha, overlap) if known else None
         if why is not None:
             yield member.label, Stop(look, why)
         elif look == len(design.schedule) - 1:
@@ -389,8 +391,7 @@ def _queue(evidence: Evidence, wanted: Sequence[Wanted]) -> tuple[NewTraining, .
 
 
 def _training(evidence: Evidence, kind: TrainingKind, member: Member, index: int) -> NewTraining:
-    fresh = evidence.spec.confirm.fresh_splits
-    seeds = Seeds.of_confirmation(evidence.spec.seed, index, fresh_split=fresh)
+    seeds = Seeds.of_confirmation(evidence.spec.seed, index, evidence.spec.confirm.splits)
     return NewTraining(kind, member.assignment, member.label, seeds, index)
 
 

@@ -53,6 +53,16 @@ class Evidence:
         """+1 where greater is better, -1 where smaller is."""
         return 1.0 if self.objective.direction == "maximize" else -1.0
 
+    @property
+    def overlap(self) -> float:
+        """By how much pairs of different splits are alike: validation to training examples.
+
+        0 where all confirmations have the split of the search, and its data are taken as given.
+        """
+        if self.spec.confirm.splits == "same" or not self.sizes.get("train"):
+            return 0.0
+        return self.sizes.get("validation", 0) / self.sizes["train"]
+
     @cached_property
     def trials(self) -> tuple[Record, ...]:
         """Search and baseline trials that ran to their end, by number."""

@@ -157,7 +157,9 @@ def provisional_headline(evidence: Evidence, winner: Member | None, none: Member
 def recommendation_reason(evidence: Evidence, choice: str, outcome: str) -> str:
     """Why these rates."""
     if choice == "author":
-        return "the author's rates beat the dropout that was found; they are not tested against none"
+        return (
+            "the author's rates beat the dropout that was found; they are not tested against none"
+        )
     if choice == "none":
         return (
             "no dropout is better"

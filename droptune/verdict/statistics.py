@@ -93,7 +93,9 @@ def finite(value: Any) -> Any:
 # -- one difference -------------------------------------------------------------------------------
 
 
-def paired(differences: Array, *, alpha: float = ALPHA, share: float = 1.0) -> Difference:
+def paired(
+    differences: Array, *, alpha: float = ALPHA, share: float = 1.0, overlap: float = 0.0
+) -> Difference:
     """The interval of a mean paired difference, from [seeds] or [seeds, examples].
 
     Each row is one seed: the same initial weights, data order and test examples for both members.
@@ -103,12 +105,17 @@ def paired(differences: Array, *, alpha: float = ALPHA, share: float = 1.0) -> D
     holds what examples cause; the degrees of freedom grow from n - 1 with the examples' part
     (`_freedom`). Only the seeds' part is taken at level `alpha * share`: stopping has looked at
     seeds, never at test examples.
+
+    Where every seed has its own split of the same data, training sets overlap, and differences are
+    correlated: `overlap`, validation to training examples, is added to 1/n in the variance from
+    seeds (Nadeau & Bengio 2003).
     """
     given = np.asarray(differences, dtype=np.float64)
     rows = given[:, None] if given.ndim == 1 else given
     seeds, examples = rows.shape
     mean = float(rows.mean())
     seed_error, example_error = _errors(rows)
+    seed_error *= math.sqrt(1 + seeds * overlap)
     known = seeds > 1
     half = _half_width(alpha, share, seeds, seed_error, example_error) if known else math.inf
     counted = examples if examples > 1 else None
@@ -225,23 +232,28 @@ def shares(schedule: Sequence[int]) -> tuple[float, ...]:
 
 
 def settled(
-    differences: Array, schedule: Sequence[int], look: int, *, alpha: float = ALPHA
+    differences: Array,
+    schedule: Sequence[int],
+    look: int,
+    alpha: float = ALPHA,
+    overlap: float = 0.0,
 ) -> str | None:
     """Whether a comparison may stop at this look: `decided`, `hopeless`, or None to go on.
 
     Decided: the look's own interval (alpha times its share) excludes 0. Hopeless, between the
     first look and the last: even were the difference one standard error larger than seen, all
     seeds of the schedule would not show it. Giving up only lowers the error of claiming a
-    difference. `differences` [seeds] may be fewer than the look's where trainings failed.
+    difference. `differences` [seeds] may be fewer than the look's where trainings failed;
+    `overlap` as in `paired`.
     """
     parts = shares(schedule)
-    seen = paired(differences, alpha=alpha, share=parts[look])
+    seen = paired(differences, alpha=alpha, share=parts[look], overlap=overlap)
     if seen.outcome != "undetected":
         return "decided"
     if seen.seeds < 2 or look in (0, len(schedule) - 1):
         return None
     last = schedule[-1]
-    final_error = seen.seed_error * math.sqrt(seen.seeds / last)
+    final_error = seen.seed_error * math.sqrt((1 / last + overlap) / (1 / seen.seeds + overlap))
     threshold = float(stats.t.isf(alpha * parts[-1] / 2, last - 1)) * final_error
     return "hopeless" if abs(seen.mean) + seen.seed_error < threshold else None
 

@@ -12,7 +12,7 @@ from droptune.verdict.comparison import Comparison
 from droptune.verdict.confirmation import AT_WINNERS_LR, Plan, pairs
 from droptune.verdict.evidence import Evidence, assigned, usable
 from droptune.verdict.findings import mean_curve, values_at_objective
-from droptune.verdict.statistics import binomial_error, paired
+from droptune.verdict.statistics import Difference, binomial_error, paired
 from droptune.verdict.wording import difference, metric_name
 
 COUNTED = ("accuracy", "error")  # metrics that are shares of examples
@@ -79,7 +79,7 @@ def _metric_cannot_tell(
         b = values_at_objective(theirs, f"val/{metric}")
         if metric == evidence.objective.metric or len(a) < 2 or len(a) != len(b):
             continue
-        seen = paired(np.array(b) - np.array(a))
+        seen = paired(np.array(b) - np.array(a), overlap=evidence.overlap)
         if seen.outcome == "undetected":
             continue
         direction = "lower" if seen.mean > 0 else "higher"
@@ -104,17 +104,22 @@ def _too_few_seeds(evidence: Evidence, compared: Sequence[Comparison]) -> Iterat
             f"{found.seeds} seeds do: a larger test set would help, more seeds would not"
         )
     elif first.stopped in ("budget", "seeds") and abs(found.mean) > found.error:
-        needed = _seeds_for(abs(found.mean), found.seed_error * math.sqrt(found.seeds))
+        needed = _seeds_for(abs(found.mean), found, evidence.overlap)
+        seen = difference(metric, found.mean, found.error)
         yield (
-            f"a true difference of {difference(metric, found.mean, found.error)}, as seen, would "
-            f"need about {needed} seeds: raise confirm.max_seeds (or confirm.share) and run "
-            "`droptune study confirm` again"
+            f"no number of seeds on the same data would show the {seen} seen here: it needs more "
+            "data"
+            if needed is None
+            else f"about {needed} seeds would show a true difference of the {seen} seen here: "
+            "raise confirm.max_seeds (or confirm.share) and run `droptune study confirm` again"
         )
 
 
-def _seeds_for(effect: float, deviation: float) -> int:
+def _seeds_for(effect: float, seen: Difference, overlap: float) -> int | None:
     """Seeds that show an effect with 80 % power (normal approximation plus two)."""
-    return math.ceil(((1.96 + 0.84) * deviation / effect) ** 2) + 2
+    variance = seen.seed_error**2 / (1 / seen.seeds + overlap)
+    left = (effect / (1.96 + 0.84)) ** 2 / variance - overlap
+    return math.ceil(1 / left) + 2 if left > 0 else None
 
 
 def _budget_too_short(evidence: Evidence, plan: Plan) -> Iterator[str]:
@@ -149,11 +154,11 @@ def _winners(evidence: Evidence, plan: Plan) -> list[Record]:
 def _no_test_set(evidence: Evidence, plan: Plan, compared: Sequence[Comparison]) -> Iterator[str]:
     if not plan.decided or not any(one.data == "validation" for one in compared):
         return
+    same = evidence.spec.confirm.splits == "same"
     why = "there is no test set" if not evidence.sizes.get("test") else "no test scores are stored"
     yield (
         f"{why}: the intervals are from the validation set that the search has used, hence "
-        "optimistic"
-        + ("" if evidence.spec.confirm.fresh_splits else "; confirm.fresh_splits would help")
+        "optimistic" + ("; `confirm: {splits: folds}` would help" if same else "")
     )
 
 

@@ -295,6 +295,17 @@ def test_splitting_off_parts_the_examples_by_class(n, classes, seed):
         assert abs(have - 0.2 * int((targets == label).sum())) < 2
 
 
+@pytest.mark.parametrize("n", [40, 43])
+def test_five_seeds_in_a_row_are_folds(n):
+    data = InMemory((torch.arange(n).view(n, 1).float(), torch.arange(n) % 2), n)
+    parts = [split_off(data, 35 + fold, "classification")[1] for fold in range(5)]
+    held = [set(part.tree[0].flatten().tolist()) for part in parts]
+    assert all(len(one) == n // 5 for one in held)
+    assert len(set.union(*held)) == 5 * (n // 5)
+    other = split_off(data, 40, "classification")[1]
+    assert set(other.tree[0].flatten().tolist()) not in held
+
+
 def test_the_test_set_is_the_same_for_all_seeds():
     read = read_splits(RawSplits(x_y(100)), "classification", 10)
     one, two = (make_splits(read, seed, "classification") for seed in (1, 2))

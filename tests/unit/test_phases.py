@@ -4,9 +4,9 @@ import logging
 
 import numpy as np
 import pytest
-from crew import make_study
+from crew import PROGRAM, make_study, train_here
 
-from droptune.errors import StorageError
+from droptune.errors import SpecError, StorageError
 from droptune.storage import Ending, Storage
 from droptune.study import Study
 from droptune.training import Measurement, State, TrainingKind
@@ -149,3 +149,19 @@ def test_confirming_beyond_the_deadline_is_refused(storage, tmp_path):
     study = make(storage, tmp_path, 12, budget=budget)
     with pytest.raises(StorageError, match="has used up its deadline: raise the budget"):
         study.confirm(top=None, max_seeds=None, ablate=False)
+
+
+def test_folds_need_validation_data_that_droptune_splits_off(storage, tmp_path):
+    given = PROGRAM.replace("train=data,", "train=data, validation=data,")
+    with pytest.raises(SpecError, match=r"confirm.splits is folds, but .* gives validation data"):
+        make(storage, tmp_path, 12, program=given, confirm="{splits: folds}")
+
+
+def test_folds_are_trained_side_by_side(storage, tmp_path):
+    confirm = "{top: 1, min_seeds: 2, max_seeds: 2, splits: folds}"
+    study = make(storage, tmp_path, 6, confirm=confirm, baselines="{trials: 1}")
+    train_here(study, tmp_path)
+    records = [r for r in study.records() if r.training.kind is TrainingKind.CONFIRMATION]
+    assert len({r.training.seeds.split for r in records}) == 2
+    assert all(r.state is State.COMPLETE for r in records)
+    assert study.verdict()["confirmed"]

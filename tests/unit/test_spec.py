@@ -292,6 +292,8 @@ def test_changes_and_what_may_change():
     assert StudySpec.is_free("mlflow.mirror")
     assert not StudySpec.is_free("mlflow.experiment")
     assert not StudySpec.is_free("seed")
+    assert StudySpec.is_free("confirm.top")
+    assert not StudySpec.is_free("confirm.splits")
 
 
 def test_renamed():

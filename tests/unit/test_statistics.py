@@ -97,6 +97,24 @@ def test_intervals_cover(seeds, noise):
     assert 0.93 <= covered <= 0.98
 
 
+@pytest.mark.parametrize("seeds", [5, 10])
+def test_intervals_cover_where_training_sets_overlap(seeds):
+    """Differences of two splits of the same data are correlated (Nadeau & Bengio 2003)."""
+    rng, overlap = np.random.default_rng(5), 0.25
+    shared = rng.normal(0, np.sqrt(0.2), (2000, 1))
+    drawn = shared + rng.normal(0, np.sqrt(0.8), (2000, seeds))
+    blind = [paired(each) for each in drawn]
+    seeing = [paired(each, overlap=overlap) for each in drawn]
+    assert np.mean([d.low <= 0 <= d.high for d in blind]) < 0.9
+    assert np.mean([d.low <= 0 <= d.high for d in seeing]) == pytest.approx(0.95, abs=0.02)
+
+
+def test_more_seeds_are_no_help_where_the_data_are_what_limits():
+    seen = np.array([0.2, -0.1, 0.3, 0.1, 0.05])
+    assert settled(seen, SCHEDULE, 1) is None
+    assert settled(seen, SCHEDULE, 1, overlap=0.5) == "hopeless"
+
+
 def test_looks_are_few_and_end_at_the_cap():
     assert looks(3, 10) == SCHEDULE
     assert looks(3, 4) == (3, 4)

@@ -80,6 +80,19 @@ def test_pairs_share_their_seeds_and_the_choice_has_its_own(searched):
     assert by_index[1] == {Seeds.of_confirmation(7, 1)}
 
 
+def test_folds_share_a_draw_and_every_member_of_a_pair_has_the_same(searched):
+    folds = replace(searched, spec=make_spec(confirm={"splits": "folds"}))
+    new = plan(folds).queue
+    by_index = {one.seed_index: one.seeds for one in new}
+    assert all(one.seeds == by_index[one.seed_index] for one in new)
+    splits = [by_index[i].split for i in (0, 1, 2)]
+    assert [split % 5 for split in splits] == [0, 1, 2]
+    assert len({split // 5 for split in splits}) == 1
+    assert by_index[CHOICE].split // 5 != splits[0] // 5
+    assert folds.overlap == 5000 / 2000
+    assert searched.overlap == 0
+
+
 def test_planning_depends_on_the_records_alone(searched):
     shuffled = list(searched.records)
     random.Random(1).shuffle(shuffled)
