@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from droptune.errors import (
@@ -189,10 +190,19 @@ class Worker:
     def _open(self, summary: StudySummary) -> Study:
         study = self._studies.get(summary.id)
         if study is None:
-            study = self._studies[summary.id] = Study.open(self.storage, summary.name)
+            study = self._studies[summary.id] = self._read(summary.name)
         elif study.row.budget != summary.budget:
             study.refresh()
         return study
+
+    def _read(self, name: str) -> Study:
+        try:
+            return Study.open(self.storage, name)
+        except SpecError as error:  # of another version: this one can never train it
+            raise ConfigurationError(
+                f"study {name!r}: {error}; it was made by another droptune than this "
+                f"{version('droptune')}: install the same here"
+            ) from error
 
     def _train(self, group: Group) -> bool:
         """Interval after interval; after its turn a group is not refilled and runs out.

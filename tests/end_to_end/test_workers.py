@@ -29,6 +29,7 @@ from droptune.storage import Storage
 from droptune.training import State, TrainingKind
 
 SLOW = "0.04"  # seconds for each update
+SMALL = {"budget": "{trials: 3}", "confirm": "{enabled: false}"}
 
 
 @pytest.fixture
@@ -145,6 +146,22 @@ def test_what_a_worker_cannot_be_is_said_in_one_line(storage, url, folder):
         assert end(outside) == 78
         assert "lies outside the project" in outside.log.read_text().splitlines()[-1]
     assert study.storage.progress(study.row.id).running == 0
+
+
+@pytest.mark.databases("sqlite")
+def test_a_study_of_another_version_is_refused_and_keeps_no_other_from_being_trained(
+    storage, url, folder
+):
+    newer, study = make_study(storage, folder, name="newer"), make_study(storage, folder, **SMALL)
+    storage.update_study(newer.row.id, spec={**newer.row.spec, "brand_new": 1})
+    with Crew(url, folder) as crew:
+        service = crew.start("--until-done")
+        assert end(service) == 78
+        last = service.log.read_text().splitlines()[-1]
+        assert "study 'newer': unknown key brand_new" in last
+        assert "another droptune" in last
+    assert study.phase() == "done"
+    assert set(states(newer)) == {State.QUEUED}
 
 
 # -- programs that fail -------------------------------------------------------------------------
@@ -322,8 +339,6 @@ def test_what_is_kept_of_a_finished_study(storage, url, folder):
 
 
 # -- several studies ----------------------------------------------------------------------------
-
-SMALL = {"budget": "{trials: 3}", "confirm": "{enabled: false}"}
 
 
 @pytest.mark.databases("postgresql")
