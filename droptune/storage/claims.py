@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from droptune.storage import schema, trials
 from droptune.storage.database import Database, now
 from droptune.storage.queue import Params, count_taken, new_row
-from droptune.storage.studies import lock_study
+from droptune.storage.studies import counters, lock_study
 from droptune.training import Assignment, Seeds, State, Training, TrainingKind
 
 LEASE_SECONDS = 60.0
@@ -194,8 +194,8 @@ class Claims:
         """What is left to be started and trained in a study."""
 
         def work(connection: sa.Connection) -> Progress:
-            query = sa.select(schema.studies, now().label("at"))
-            row = connection.execute(query.where(schema.studies.c.id == study_id)).one_or_none()
+            query = counters().where(schema.studies.c.id == study_id)
+            row = connection.execute(query).one_or_none()
             return _progress(connection, row)
 
         return self.database.read(work)
@@ -404,8 +404,9 @@ def time_used(connection: sa.Connection, study: sa.Row[Any]) -> dict[str, float]
     """The share of each limit of time that is used (at the row's `at`)."""
     used = {}
     if study.budget_deadline is not None:
-        whole = max(study.budget_deadline - study.created_at, 1e-6)
-        used["deadline"] = max(study.at - study.created_at, 0.0) / whole
+        whole = study.budget_deadline - study.created_at
+        passed = max(study.at - study.created_at, 0.0)
+        used["deadline"] = passed / whole if whole > 0 else 1.0
     if study.budget_device_seconds is not None:
         u = schema.usage.c
         query = sa.select(sa.func.sum(u.device_seconds)).where(u.study_id == study.id)

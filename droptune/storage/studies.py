@@ -20,6 +20,7 @@ from droptune.training import State, TrainingKind
 LONGEST_NAME = 500
 STATUSES = ("active", "stopped")
 PHASES = ("searching", "confirming", "done")
+SHORT = [column for column in schema.studies.c if column.name not in ("spec", "sites", "meta")]
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,7 @@ class Studies:
         """All studies, the oldest first, with counts and the best value so far."""
 
         def work(connection: sa.Connection) -> list[StudySummary]:
-            rows = connection.execute(sa.select(schema.studies).order_by(schema.studies.c.id))
-            found = rows.all()
+            found = connection.execute(counters().order_by(schema.studies.c.id)).all()
             counts = connection.execute(_count_query()).all()
             return [_summary(row, [c for c in counts if c.study_id == row.id]) for row in found]
 
@@ -246,8 +246,13 @@ def lock_study(connection: sa.Connection, study_id: int) -> sa.Row[Any] | None:
 
     The row's `at` is the database's time.
     """
-    query = sa.select(schema.studies, now().label("at")).where(schema.studies.c.id == study_id)
+    query = counters().where(schema.studies.c.id == study_id)
     return connection.execute(query.with_for_update()).one_or_none()
+
+
+def counters() -> sa.Select[Any]:
+    """The studies' rows with the database's time `at`, without the texts that may be long."""
+    return sa.select(*SHORT, now().label("at"))
 
 
 def optuna_name(connection: sa.Connection, name: str) -> str | None:

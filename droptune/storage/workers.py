@@ -18,7 +18,7 @@ from droptune.errors import StorageError
 from droptune.storage import schema
 from droptune.storage.claims import limit_reached, requeue, training_of
 from droptune.storage.database import Database, clock, now
-from droptune.storage.studies import as_time
+from droptune.storage.studies import as_time, counters
 from droptune.training import State, Training
 
 
@@ -223,7 +223,7 @@ def machine_id() -> str:
 
 def _orders(connection: sa.Connection, training_ids: Sequence[int], held: Sequence[Any]) -> Orders:
     ids = {row.study_id for row in held}
-    query = sa.select(schema.studies, now().label("at")).where(schema.studies.c.id.in_(list(ids)))
+    query = counters().where(schema.studies.c.id.in_(list(ids)))
     studies = connection.execute(query).all() if ids else []
     return Orders(
         lost=frozenset(training_ids) - {row.id for row in held},

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
 
 from droptune.errors import StorageError, UnknownStudyError
 from droptune.storage import Budget, Ending
+from droptune.storage.claims import time_used
 from droptune.training import (
     Assignment,
     Measurement,
@@ -448,6 +450,14 @@ def test_confirmations_do_not_spend_the_searchs_budget(storage):
     storage.enqueue(study.id, confirmations(0, 1, 2))
     assert storage.progress(study.id).tickets == 2
     assert len(storage.claim(study.id, 1, 9)) == 5
+
+
+@pytest.mark.parametrize(("deadline", "share"), [(9.0, 1.0), (10.0, 1.0), (20.0, 0.0)])
+def test_a_deadline_before_a_studys_creation_is_used_up(deadline, share):
+    study = SimpleNamespace(
+        budget_deadline=deadline, budget_device_seconds=None, created_at=10.0, at=10.0
+    )
+    assert time_used(None, study) == {"deadline": share}
 
 
 def test_nothing_starts_after_the_deadline(storage):
