@@ -1,10 +1,11 @@
 """Two hundred workers on one database: how long a claim takes, and how many connections they need.
 
-    python benchmarks/many_workers.py --url postgresql://… [--workers 200] [--seconds 60]
+    python benchmarks/many_workers.py --url postgresql://… [--workers 200] [--seconds 120]
 
 Each fake worker claims one training, "trains" its intervals by sleeping, records each, ends it,
-and claims the next; a beat goes out every 15 s. Workers are threads of a few processes, each with
-its own Storage, so that the machine's memory is not what is measured.
+and claims the next; a beat goes out every 10 s. Workers come within `--spread` seconds, as those of
+an engine do that import torch on many nodes. They are threads of a few processes, each with its
+own Storage, so that the machine's memory is not what is measured.
 """
 
 from __future__ import annotations
@@ -24,14 +25,19 @@ from droptune.storage import Budget, Storage
 from droptune.training import Assignment, Measurement, State
 
 ASSIGNMENT = Assignment({"fc1": 0.5}, 1e-3)
-BEAT_SECONDS = 15.0
+SITES = [{"path": f"encoder.layers.{i}.dropout", "shape": [128, 768]} for i in range(100)]
+BEAT_SECONDS = 10.0
 
 
 def fake_worker(url: str, name: str, options: argparse.Namespace, times: Any, index: int) -> None:
+    end = time.monotonic() + options.spread + options.seconds
+    time.sleep(random.uniform(0, options.spread))
+    before = time.perf_counter()
     storage = Storage.open(url, patience=120.0)
     study = storage.study(name)
     worker = storage.register_worker(host=f"node{index}", pid=index, device="none")
-    end, beaten = time.monotonic() + options.seconds, time.monotonic()
+    times["open"].append(time.perf_counter() - before)
+    beaten = time.monotonic()
 
     def timed(what: str, call: Any) -> Any:
         before = time.perf_counter()
@@ -39,7 +45,7 @@ def fake_worker(url: str, name: str, options: argparse.Namespace, times: Any, in
         times[what].append(time.perf_counter() - before)
         return result
 
-    time.sleep(random.uniform(0, options.interval * study.intervals))
+    time.sleep(random.uniform(0, options.interval))
     while time.monotonic() < end:
         (training,) = timed("claim", lambda: storage.claim(study.id, worker, 1))
         storage.assign([training], [ASSIGNMENT], [{}])
@@ -57,6 +63,7 @@ def fake_worker(url: str, name: str, options: argparse.Namespace, times: Any, in
 
 def process(url: str, name: str, options: argparse.Namespace, indices: range) -> dict[str, Any]:
     times: dict[str, list[float]] = defaultdict(list)
+    before = time.process_time()
     threads = [
         threading.Thread(target=fake_worker, args=(url, name, options, times, i)) for i in indices
     ]
@@ -64,6 +71,7 @@ def process(url: str, name: str, options: argparse.Namespace, indices: range) ->
         thread.start()
     for thread in threads:
         thread.join()
+    times["cpu"].append(time.process_time() - before)
     return dict(times)
 
 
@@ -86,13 +94,14 @@ def main() -> None:
     parser.add_argument("--url", required=True)
     parser.add_argument("--workers", type=int, default=200)
     parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--interval", type=float, default=1.0)
-    parser.add_argument("--intervals", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--spread", type=float, default=10.0)
+    parser.add_argument("--interval", type=float, default=8.0)
+    parser.add_argument("--intervals", type=int, default=5)
     options = parser.parse_args()
     storage = Storage.open(options.url, create=True, patience=60.0)
     study = storage.create_study(
-        f"many workers {time.time()}", spec={}, sites=[], directions=["minimize"], meta={},
+        f"many workers {time.time()}", spec={}, sites=SITES, directions=["minimize"], meta={},
         intervals=options.intervals, seed=0, budget=Budget(),
     )  # fmt: skip
     peak, ended = [0], threading.Event()
@@ -110,7 +119,8 @@ def main() -> None:
         "contiguous": numbers == list(range(len(numbers))),
         "connections_peak": max(peak),
     }
-    for what in ("claim", "record", "beat", "finish"):
+    result["client_cpu_seconds"] = round(sum(sum(part["cpu"]) for part in parts), 1)
+    for what in ("open", "claim", "record", "beat", "finish"):
         values = [value for part in parts for value in part.get(what, [])]
         if values:
             shares_ms = {f"p{round(100 * s)}_ms": percentile(values, s) for s in (0.5, 0.99, 1.0)}
