@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 program = droptune.classification(
     model=Net, train=(x[:128], y[:128]), validation=(x[128:160], y[128:160]),
-    test=(x[160:], y[160:]), batch_size=32, epochs=6, lr=1e-2,
+    test=(x[160:], y[160:]), batch_size=32, epochs={epochs}, lr=1e-2,
 )
 """
 STUDY = """
@@ -57,13 +57,15 @@ def droptune(*arguments: str, folder: Path, **environment: str) -> str:
 
 
 class LastingStudy:
-    """The study `lasting`: `trials` of 6 intervals, two at a time, then 9 confirmations.
+    """The study `lasting`: `trials` of `epochs` intervals, two at a time, then 9 confirmations.
 
     An interval of two trainings takes at least 5 pauses (seconds).
     """
 
-    def __init__(self, folder: Path, url: str, *, pause: float, trials: int) -> None:
-        (folder / "program.py").write_text(PROGRAM.format(pause=pause))
+    def __init__(
+        self, folder: Path, url: str, *, pause: float, trials: int, epochs: int = 6
+    ) -> None:
+        (folder / "program.py").write_text(PROGRAM.format(pause=pause, epochs=epochs))
         (folder / "lasting.yaml").write_text(STUDY.format(trials=trials))
         (folder / "droptune.toml").touch()
         self.folder, self.trials = folder, trials

@@ -212,9 +212,9 @@ class SlurmStudy:
 def submit(slurm, tmp_path, postgresql):
     """Makes a study in PostgreSQL and launches it with the given arguments."""
 
-    def start(*arguments: str, pause: float, trials: int) -> SlurmStudy:
+    def start(*arguments: str, **lasting: float) -> SlurmStudy:
         url = postgresql.create().render_as_string(hide_password=False)
-        study = LastingStudy(tmp_path, url, pause=pause, trials=trials)
+        study = LastingStudy(tmp_path, url, **lasting)
         return SlurmStudy(slurm, study, url, *arguments)
 
     yield start
@@ -238,18 +238,15 @@ def test_a_study_survives_requeue_and_preemption(submit):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.xfail(
-    strict=False, reason="on a loaded machine Slurm may not start all workers in time"
-)
 def test_stopping_the_study_ends_its_workers_well(submit):
-    study = submit("--workers", "2", pause=0.1, trials=40)
+    """In the middle of trainings that would last for minutes: none ends before workers are told."""
+    study = submit("--workers", "2", pause=0.1, trials=4, epochs=1000)
     study.until_both_train(registered=2)
     droptune("study", "stop", "lasting", folder=study.study.folder, DROPTUNE_STORAGE=study.url)
     study.until_completed(120)
     assert [study.restarts(job) for job in study.jobs] == [0, 0]
-    states = {record.state for record in study.study.records()}
-    assert State.RUNNING not in states
-    assert State.QUEUED in states  # for `study resume`
+    assert {record.state for record in study.study.records()} == {State.QUEUED}  # for `resume`
+    assert study.study.intervals() > 0
 
 
 @pytest.mark.slow
