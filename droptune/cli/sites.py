@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from droptune.sites.site import Discovery, Site
+
+
+UNLIMITED = 100_000  # columns: a row that is piped stays one line
 
 
 def sites(
@@ -51,7 +55,10 @@ def sites(
 def show(discovery: Discovery, groups: dict[str, list[str]]) -> None:
     """Print the table of sites, then what cannot be tuned and what to beware of."""
     if discovery.sites:
-        console().print(_table(discovery))
+        screen = console()
+        if not screen.is_terminal:
+            screen.width = UNLIMITED
+        screen.print(_table(discovery))
     else:
         print(
             "no dropout acts in this model: add sites in the study file, for example\n"
@@ -82,11 +89,12 @@ def _table(discovery: Discovery) -> Table:
 
 
 def _line(site: Site) -> str:
-    """Where a site is that has no module of its own; relative to here where it lies below."""
-    if not site.call:
+    """Where a site is that has no module of its own: the file from the working directory, or from
+    the folder of installed packages."""
+    if not (site.call and site.line):
         return ""
-    below = os.path.relpath(site.line) if site.line else ""
-    return site.line if below.startswith("..") else below
+    below = os.path.relpath(site.line)
+    return re.split(r"(?:site|dist)-packages/", site.line if below.startswith("..") else below)[-1]
 
 
 def _suggestion(discovery: Discovery, groups: dict[str, list[str]]) -> Iterator[str]:

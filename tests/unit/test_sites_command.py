@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,16 @@ def test_what_is_piped_is_whole_and_says_where(sites):
         "if it is dropout, write it as nn.Dropout or F.dropout to have it tuned)"
     )
     assert lines[4:] == ["suggested: a rate for each of the 2 sites"]
+
+
+def test_lines_in_installed_packages_are_told_from_the_package_down(sites):
+    config = "GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=50, n_positions=9)"
+    Path("gpt.py").write_text(f"""from transformers import GPT2Config, GPT2LMHeadModel
+def make():
+    return GPT2LMHeadModel({config})
+""")
+    done = sites("gpt.py:make", "--input", "input_ids=2,5:0..49")
+    assert re.search(r"attention .* transformers/\S+\.py:\d+ *$", done.out, re.MULTILINE), done.out
 
 
 @pytest.mark.parametrize("name", ["Net", "built"])
