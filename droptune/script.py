@@ -86,6 +86,7 @@ def script(assignment: Assignment, sites: Sequence[Site], *comments: str) -> str
         "\n".join(f"# {line}" for line in comments),
         _imports(held, inserted),
         _applied(held),
+        _configured(sites, rates),
         _told(by_hand, rates),
         *_inserted(inserted, rates),
         _schedule(assignment.values, held=bool(held), inserted=bool(inserted)),
@@ -119,6 +120,25 @@ def _applied(held: Mapping[str, float]) -> str:
         return ""
     check = ["missing = droptune.apply_rates(model, rates).not_set", "assert not missing, missing"]
     return "\n".join([*_dict("rates", held), *check])
+
+
+def _configured(sites: Sequence[Site], rates: Mapping[str, float]) -> str:
+    """The fields of the model's configuration whose sites all have one rate."""
+    found: dict[str, set[float]] = {}
+    for site in sites:
+        if site.field:
+            found.setdefault(site.field, set()).add(rates[site.path])
+    agreed = [
+        f"#   {field} = {given.pop():.6g}" for field, given in found.items() if len(given) == 1
+    ]
+    differ = [
+        f"#   {field}: its sites differ, see above" for field, given in found.items() if given
+    ]
+    if not found:
+        return ""
+    return "\n".join(
+        ["# The same in the model's configuration, to build it with:", *agreed, *differ]
+    )
 
 
 def _told(sites: Sequence[Site], rates: Mapping[str, float]) -> str:

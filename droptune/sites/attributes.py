@@ -32,20 +32,20 @@ def rate_attributes(paths: Mapping[nn.Module, str]) -> list[Attribute]:
     """All numbers in [0, 1) that are called like a rate, those of shared objects once."""
     found: dict[tuple[int, str], Attribute] = {}
     for module, path in paths.items():
-        for holder, place in ((module, path), (vars(module).get("config"), _join(path, "config"))):
+        for holder, place in ((module, path), (vars(module).get("config"), join(path, "config"))):
             for name, value in (vars(holder) if hasattr(holder, "__dict__") else {}).items():
-                if _may_be_rate(name, value):
-                    attribute = Attribute(holder, name, _join(place, name))
+                if may_be_rate(name, value):
+                    attribute = Attribute(holder, name, join(place, name))
                     found.setdefault((id(holder), name), attribute)
     return list(found.values())
 
 
-def _may_be_rate(name: str, value: object) -> bool:
+def may_be_rate(name: str, value: object) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and ("drop" in name or name == "p") and 0 <= value < 1  # type: ignore[operator]
 
 
-def _join(path: str, name: str) -> str:
+def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 

@@ -20,6 +20,7 @@ from droptune.errors import DroptuneError, SiteError
 from droptune.program.source import told
 from droptune.sites import watch
 from droptune.sites.attributes import with_attributes
+from droptune.sites.configuration import config_fields
 from droptune.sites.dropout import KINDS
 from droptune.sites.flow import Flow
 from droptune.sites.insertion import insertions
@@ -293,6 +294,8 @@ def _find(
         return other.found
 
     sites, hidden = with_attributes(model, finder.sites(), again)
+    fields = config_fields(model)
+    sites = tuple(replace(site, field=fields.get(site.attribute, "")) for site in sites)
     notes += [_HIDDEN.format(site.path, site.attribute) for site in hidden]
     return Discovery(sites, untunable, tuple(notes))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -17,9 +18,10 @@ class Site:
     layer that its output reaches first, `module` the type of the module it belongs to, `role`
     "input" or "embedding" where it acts on those. `call` tells which call in the module's code
     it is ("" where the module is the site). `attribute` is what holds the author's rate, from
-    the model down (`encoder.0.drop.p`), "" where it is a literal or not known. `line` is the line
-    of code outside of torch that it was reached from (`/home/me/net.py:31`): edits elsewhere in
-    the file move it, so sites that differ in it alone are equal.
+    the model down (`encoder.0.drop.p`), "" where it is a literal or not known; `field` the field
+    of the model's configuration that sets it (`config.hidden_dropout_prob`), if one does. `line`
+    is the line of code outside of torch that it was reached from (`/home/me/net.py:31`): edits
+    elsewhere in the file move it, so sites that differ in it alone are equal.
     """
 
     path: str
@@ -33,7 +35,8 @@ class Site:
     call: str = ""
     role: str = ""
     attribute: str = ""
-    line: str = field(default="", compare=False)
+    field: str = ""
+    line: str = dataclasses.field(default="", compare=False)
 
     @property
     def owner(self) -> str:

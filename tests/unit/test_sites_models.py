@@ -10,8 +10,10 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
+from droptune.script import script
 from droptune.sites.installed import apply_rates, find_sites, install, restore
 from droptune.sites.masks import derive_keys, split_seed
+from droptune.training import Assignment
 
 transformers = pytest.importorskip("transformers")
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -482,3 +484,28 @@ def test_torch_transformer():
         ("decoder.layers.0.dropout3", "element"),
     ]
     assert {site.rate for site in found} == {0.1}
+
+
+def test_fields_of_the_configuration_are_known_and_printed():
+    sites = {site.path: site for site in find_sites(*bert())}
+    fields = {site.field for site in sites.values()}
+    assert fields == {"config.hidden_dropout_prob", "config.attention_probs_dropout_prob"}
+    rates = {p: 0.3 if "attention_probs" in s.field else 0.1 for p, s in sites.items()}
+    lines = script(Assignment(rates, 1e-3), list(sites.values()))
+    assert "#   config.attention_probs_dropout_prob = 0.3\n" in lines
+    assert "#   config.hidden_dropout_prob = 0.1\n" in lines
+    lines = script(Assignment({**rates, "dropout": 0.2}, 1e-3), list(sites.values()))
+    assert "#   config.hidden_dropout_prob: its sites differ, see above" in lines
+
+
+def test_fields_inside_a_model_of_ones_own():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.drop = vit()[0], nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.drop(self.body(x).logits)
+
+    sites = find_sites(Wrapped(), PIXELS.float())
+    assert {site.field for site in sites} >= {"body.config.hidden_dropout_prob", ""}
