@@ -201,7 +201,7 @@ def _comparison(study: Study, progress: Progress, best: Record) -> Iterator[str]
         keys = _keys(study, [_measured(record) for record in found.values() if record])
         head = ("", "trial", "lr", *keys)
         yield from _aligned([head, *(_search_row(*item, keys) for item in found.items())])
-    yield from _left_out(study, progress, {one.label for one in known})
+    yield from _left_out(study, progress, known)
 
 
 def _confirmed_row(one: Confirmed, keys: Sequence[str]) -> tuple[str, ...]:
@@ -217,12 +217,17 @@ def _search_row(label: str, record: Record | None, keys: Sequence[str]) -> tuple
     return (label, str(record.training.number), f"{_assignment(record).lr:.3g}", *numbers)
 
 
-def _left_out(study: Study, progress: Progress, confirmed: set[str]) -> Iterator[str]:
+def _left_out(study: Study, progress: Progress, confirmed: Sequence[Confirmed]) -> Iterator[str]:
     """Baselines without a row, and why."""
     for label, same in study.space.merged(study.spec.baselines).items():
         yield f"{label} has the rates of {same} here, and is trained once, as {same}"
+    labels = {one.label for one in confirmed}
     for label, record in progress.baselines.items():
-        if confirmed and label not in confirmed and record is not None:
+        if not confirmed or label in labels or record is None:
+            continue
+        if _assignment(record).rates == confirmed[0].assignment.rates:
+            yield f"{label} has the rates of the {FOUND}"
+        else:
             value = f"{study.objectives[0].key} {record.value:.4f}"
             yield f"{label} was not confirmed; its best of the search had {value}"
 

@@ -68,8 +68,10 @@ class Document:
             raise SpecError(
                 f"no study file {path}{hint}; write one with: droptune study init PROGRAM"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"cannot read {path}: {error}") from error
+        except OSError as error:
+            raise SpecError(f"cannot read {path}: {error.strerror}; give a YAML file") from error
+        except UnicodeDecodeError as error:
+            raise SpecError(f"{path} is no text in UTF-8; a study file is YAML") from error
         try:
             content = yaml.load(text, _Loader)
             lines = dict(_lines(yaml.compose(text, _Loader), ()))
@@ -77,6 +79,8 @@ class Document:
             mark = getattr(error, "problem_mark", None)
             line = "" if mark is None else f":{mark.line + 1}"
             problem = getattr(error, "problem", None) or "not valid YAML"
+            if "'\\t'" in problem:
+                problem = "a tab: YAML is indented with spaces"
             raise SpecError(f"{path}{line}: {problem}") from error
         if not isinstance(content, dict):
             raise SpecError(f"{path} holds no keys: a study file starts with `program: file.py`")
