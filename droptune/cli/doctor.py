@@ -64,6 +64,9 @@ def doctor(
         failed |= not _say("project", lambda: _project(root))
         for name in _served(opened):
             failed |= not _say(f"study {name!r}", partial(_code, opened[0], name, root))
+            failed |= not _say(
+                f"checkpoints {name!r}", partial(_checkpoints, opened[0], name, root)
+            )
     if failed:
         raise typer.Exit(1)
 
@@ -254,3 +257,25 @@ def _code(storage: Storage, name: str, root: Path) -> str:
             "or start workers with --allow-drift"
         )
     return f"{study.spec.program} is what the study was created with"
+
+
+def _checkpoints(storage: Storage, name: str, root: Path) -> str:
+    """Whether checkpoints can be written, and who sees them."""
+    from droptune.storage.address import NETWORK_FILE_SYSTEMS, file_system
+    from droptune.study import Study
+    from droptune.trainers.checkpoint import checkpoint_directory
+
+    wanted = checkpoint_directory(Study.open(storage, name), root)
+    if wanted is None:
+        return "in the database"
+    there = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            kind = file_system(there.resolve()) or "an unknown file system"
+    except OSError as error:
+        raise DroptuneError(
+            f"{wanted} cannot be written ({error.strerror}): trainings that move or lose their "
+            "worker begin again; mend it, or set checkpoints: {store: sql}"
+        ) from None
+    seen = "shared" if kind in NETWORK_FILE_SYSTEMS else "seen by this machine only, if no volume"
+    return f"{wanted} can be written, on {kind} ({seen})"

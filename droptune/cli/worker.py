@@ -24,11 +24,13 @@ from droptune.errors import ConfigurationError, StorageError
 from droptune.verdict.wording import counted
 
 if TYPE_CHECKING:
+    from droptune.launch.job import Job
     from droptune.storage import Storage, WorkerRow
 
 app = typer.Typer(no_args_is_help=True)
 log = logging.getLogger("droptune.worker")
 
+SUBMITTED = "submitted"  # a job that its engine has not started, or will never start
 PATIENCE = "DROPTUNE_PATIENCE"
 LEASE = "DROPTUNE_LEASE_SECONDS"
 CHECKPOINT = "DROPTUNE_CHECKPOINT_SECONDS"
@@ -133,12 +135,15 @@ def _width(text: str) -> int:
 
 @app.command("list")
 def list_(json: JsonOption = False, storage: StorageOption = None) -> None:
-    """List the workers of the last hour: where they run, what they train, their last beat."""
-    workers = [worker for worker in open_storage(storage).list_workers() if _is_shown(worker)]
+    """List the workers of the last hour, and the jobs of engines that are no workers yet."""
+    opened = open_storage(storage)
+    workers = [worker for worker in opened.list_workers() if _is_shown(worker)]
+    jobs = _submitted(opened)
     if json:
-        print_json([asdict(worker) for worker in workers])
+        waiting = [{"job": job.name, "study": job.study, "state": SUBMITTED} for job in jobs]
+        print_json([*map(asdict, workers), *waiting])
         return
-    if not workers:
+    if not workers and not jobs:
         print("no workers in the last hour; start one: droptune worker start")
         return
     from rich.table import Table
@@ -146,10 +151,21 @@ def list_(json: JsonOption = False, storage: StorageOption = None) -> None:
     head = ("worker", "host", "pid", "device", "job", "state", "trains", "last beat")
     table = Table(*head, box=None)
     for w in workers:
-        job = w.info.get("job") or ""
+        name = w.info.get("job") or ""
         beat = f"{w.beat.astimezone():%H:%M:%S}"
-        table.add_row(str(w.id), w.host, str(w.pid), w.device, job, w.state, _trains(w), beat)
+        table.add_row(str(w.id), w.host, str(w.pid), w.device, name, w.state, _trains(w), beat)
+    for job in jobs:
+        table.add_row("", "", "", "", job.name, SUBMITTED, job.study, "")
     console().print(table)
+
+
+def _submitted(storage: Storage) -> list[Job]:
+    """Jobs that engines were given for studies that are trained, and that are no workers yet."""
+    from droptune.launch.recorded import waiting_jobs
+
+    studies = {s.name for s in storage.studies() if s.status == "active" and s.phase != "done"}
+    known = {str(worker.info.get("job")) for worker in storage.list_workers(ended=True)}
+    return waiting_jobs(storage, studies, known)
 
 
 def _is_shown(worker: WorkerRow) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
@@ -39,6 +39,15 @@ def recorded_jobs(blobs: Blobs) -> list[Job]:
     """Jobs of all launches, the newest launch last; a job's `name` is its worker's `job`."""
     contents = [blobs.get_blob(name) for name in blobs.blob_names(_PREFIX)]
     return [Job(**job) for content in contents if content for job in json.loads(content)]
+
+
+def waiting_jobs(blobs: Blobs, studies: Container[str], known: Container[str]) -> list[Job]:
+    """Jobs of engines, for these studies, whose names (`known`: workers' jobs) are no worker's yet.
+
+    Their engine knows whether they wait, start, or were cancelled before they began.
+    """
+    jobs = [job for job in recorded_jobs(blobs) if job.launcher != "local"]
+    return [job for job in jobs if job.study in studies and job.name not in known]
 
 
 def forget_jobs(blobs: Blobs, study: str) -> None:

@@ -69,7 +69,7 @@ class Address:
         """The type of the network file system that a SQLite file lies on, if it does."""
         if self.path is None:
             return None
-        kind = _file_system(self.path.resolve().parent)
+        kind = file_system(self.path.resolve().parent)
         return kind if kind in NETWORK_FILE_SYSTEMS else None
 
 
@@ -109,7 +109,7 @@ def _not_a_url(given: str) -> str:
     )
 
 
-def _file_system(folder: Path) -> str | None:
+def file_system(folder: Path) -> str | None:
     """The type of the mount that holds `folder` (Linux; None elsewhere)."""
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()

@@ -141,10 +141,9 @@ class CheckpointStore:
 
         The study's uuid is part of the place, so that a new study never finds an old one's.
         """
-        chosen, folder = study.spec.checkpoints, f"{study.file_name}-{study.row.uuid[:8]}"
-        if chosen.store == "sql":
+        folder, base = f"{study.file_name}-{study.row.uuid[:8]}", checkpoint_directory(study, root)
+        if base is None:
             return cls(SqlBlobs(study.storage, f"{folder}/"))
-        base = root / (chosen.directory or f"{DIRECTORY}/checkpoints")
         return cls.at(base / folder)
 
     @property
@@ -211,6 +210,14 @@ class CheckpointStore:
         except Exception as error:  # safetensors raises its own type for damaged content
             log.warning("cannot read %s (%s): going on without it", name, error)
             return None
+
+
+def checkpoint_directory(study: Any, root: Path) -> Path | None:
+    """Below which a study's checkpoints lie, for a project at `root`; None where SQL has them."""
+    chosen = study.spec.checkpoints
+    if chosen.store == "sql":
+        return None
+    return root / (chosen.directory or f"{DIRECTORY}/checkpoints")
 
 
 def _snapshot(training_id: int, attempt: int) -> str:

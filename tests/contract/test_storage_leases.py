@@ -177,7 +177,7 @@ def test_servers_serve_many_machines(storage, monkeypatch):
 
 @pytest.mark.databases("sqlite")
 def test_sqlite_on_a_network_is_refused_for_workers(storage, monkeypatch):
-    monkeypatch.setattr("droptune.storage.address._file_system", lambda folder: "nfs4")
+    monkeypatch.setattr("droptune.storage.address.file_system", lambda folder: "nfs4")
     with pytest.raises(StorageError, match=r"network file system \(nfs4\).*PostgreSQL"):
         storage.register_worker(host="h", pid=1, device="cpu")
 

@@ -37,7 +37,7 @@ def test_all_is_well(tmp_path):
     code, lines = doctor(tmp_path, "--worker", DROPTUNE_STORAGE=url)
     assert code == 0, lines
     assert list(lines) == ["versions", "database", "workers", "mlflow", "devices", "project",
-                           "study 'study'"]  # fmt: skip
+                           "study 'study'", "checkpoints 'study'"]  # fmt: skip
     assert "1 study (1 to be trained)" in lines["database"]
     assert "will be made" in lines["mlflow"]
     assert not (tmp_path / "mlflow.db").exists()
@@ -60,6 +60,23 @@ def test_other_code_and_a_folder_that_cannot_be_written(tmp_path):
     assert "differs in program.py" in lines["study 'study'"]
     _, lines = doctor(tmp_path, "--worker", "--project", "/proc", DROPTUNE_STORAGE=url)
     assert lines["project"].startswith("to do project: /proc cannot be written")
+    (tmp_path / ".droptune").write_text("a file where the folder should be")
+    _, lines = doctor(tmp_path, "--worker", DROPTUNE_STORAGE=url)
+    assert ".droptune/checkpoints cannot be written" in lines["checkpoints 'study'"]
+    assert "{store: sql}" in lines["checkpoints 'study'"]
+
+
+def test_where_checkpoints_lie_and_who_sees_them(tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path}/droptune.db"
+    storage = Storage.open(url, create=True)
+    make_study(storage, tmp_path)
+    make_study(storage, tmp_path, name="small", checkpoints="{store: sql}")
+    _, lines = doctor(tmp_path, "--worker", DROPTUNE_STORAGE=url)
+    assert "this machine only" in lines["checkpoints 'study'"]
+    assert lines["checkpoints 'small'"].endswith("in the database")
+    monkeypatch.setattr("droptune.storage.address.file_system", lambda folder: "lustre")
+    _, lines = doctor(tmp_path, "--worker", DROPTUNE_STORAGE=url)
+    assert lines["checkpoints 'study'"].endswith("on lustre (shared)")
 
 
 @pytest.mark.databases("postgresql", "mysql")

@@ -80,7 +80,7 @@ def test_a_storm_of_kills_changes_nothing(storage, url, tmp_path, expected):
             workers[victim] = crew.start(*start, **slow)
         assert study.phase() != "done", "the storm was over too late to tell"
         workers.append(crew.start(*start))  # a fast one, so that it ends soon
-        assert [end(worker, 250) for worker in workers] == [0] * 5
+        assert [end(worker, 250 + 20 * KILLS) for worker in workers] == [0] * 5
     assert study.phase() == "done"
     check_same(results(study), expected)
     check_once(storage, study)

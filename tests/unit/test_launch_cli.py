@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from fake_worker import make_fake_python, starts
 from typer.testing import CliRunner
 
 from droptune.cli.launch import HELP, app
+from droptune.cli.worker import app as workers_app
 from droptune.errors import LaunchError, UnknownStudyError
 from droptune.launch import LAUNCHERS
 from droptune.launch.recorded import forget_jobs, recorded_jobs
@@ -107,6 +109,22 @@ def test_slurm_from_end_to_end_of_the_command(project, sbatch, postgres_study):
     assert result.output.splitlines()[0] == "submitted 2 workers: slurm 4711_0 to slurm 4711_1"
     assert sbatch.read_text().startswith("--parsable --partition=gpu --time=1:00:00 /")
     assert [job.name for job in recorded_jobs(postgres_study)] == ["slurm 4711_0", "slurm 4711_1"]
+    host = {"host": "node-1", "pid": 7, "device": "cuda:0"}
+    worker = postgres_study.register_worker(**host, info={"job": "slurm 4711_0"})
+    shown = listed("list").splitlines()
+    assert [line.split()[:7] for line in shown[1:]] == [
+        [str(worker), "node-1", "7", "cuda:0", "slurm", "4711_0", "alive"],
+        ["slurm", "4711_1", "submitted", "digits"],
+    ]
+    _, waiting = json.loads(listed("list", "--json"))
+    assert waiting == {"job": "slurm 4711_1", "study": "digits", "state": "submitted"}
+    study = postgres_study.study("digits")
+    postgres_study.update_study(study.id, status="stopped")
+    assert "4711_1" not in listed("list")
+
+
+def listed(*arguments):
+    return CliRunner().invoke(workers_app, list(arguments), env={"COLUMNS": "200"}).output
 
 
 @pytest.fixture
