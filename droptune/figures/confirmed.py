@@ -12,6 +12,7 @@ from droptune.training import Record
 from droptune.verdict.confirmation import AT_WINNERS_LR
 from droptune.verdict.evidence import Evidence
 from droptune.verdict.findings import pooled_reliability
+from droptune.verdict.reliability import Reliability
 from droptune.verdict.statistics import Array
 from droptune.verdict.verdict import Verdict, members
 from droptune.verdict.wording import PERCENT, metric_name
@@ -28,6 +29,8 @@ EARLY = 5  # the first fifth of a training may leave the picture, so that the en
 @styled
 def learning_curves(evidence: Evidence, verdict: Verdict) -> Figure:
     """The objective's validation curve of winner and baselines: mean and range over seeds."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = blank(4.8, 3.6)
     trained = members(evidence, verdict)
     drawn = [label for label in SHOWN if label in trained]
@@ -39,6 +42,7 @@ def learning_curves(evidence: Evidence, verdict: Verdict) -> Figure:
             _thin(axes, trained.get(label, []), training, label)
         axes.plot([], [], color=MUTED, lw=1.0, ls=(0, (2, 1.5)), label="training")
     _limit(axes, evidence, shown)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("interval")
     axes.set_ylabel(f"validation {metric_name(evidence.objective.metric)}")
     axes.margins(x=0.02)
@@ -115,6 +119,8 @@ def _limit(axes: Axes, evidence: Evidence, drawn: Sequence[Array]) -> None:
 @styled
 def differences(evidence: Evidence, verdict: Verdict) -> Figure:
     """Paired differences: the interval of each comparison, and one tick for each seed."""
+    from matplotlib.ticker import MaxNLocator
+
     shown = [*verdict.comparisons, *verdict.ablation]
     figure, axes = blank(4.8, 0.75 + 0.42 * max(len(shown), 1))
     factor = 100.0 if evidence.objective.metric in PERCENT else 1.0
@@ -134,6 +140,7 @@ def differences(evidence: Evidence, verdict: Verdict) -> Figure:
     axes.set_yticklabels([f"vs {name}" for name in names], color=INK)
     axes.set_ylim(-0.6, len(shown) - 0.5)
     axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     unit = " (points)" if factor == 100.0 else ""
     data = verdict.objective["data"]
     axes.set_xlabel(
@@ -156,14 +163,29 @@ def reliability(evidence: Evidence, verdict: Verdict) -> Figure | None:
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=":", label="as often right as sure")
     for label, one in held:
         name = f"{NAMES[label]} (ECE {one.ece:.3f})"
-        count = np.array(one.count)
-        enough = count >= max(10, count.sum() / 500)
-        said, was = np.array(one.confidence)[enough], np.array(one.accuracy)[enough]
+        said, was, count = _bins(one)
         axes.plot(said, was, color=COLOURS[label], label=name, lw=1.4)
-        axes.scatter(said, was, s=6 + 60 * count[enough] / count.sum(), color=COLOURS[label])
+        axes.scatter(said, was, s=6 + 60 * count / count.sum(), color=COLOURS[label])
+    for label in ("winner", "none"):
+        scaled = pooled_reliability(evidence, trained.get(label, []), after=True)
+        if scaled is not None:
+            _scaled(axes, scaled, label)
+    axes.plot([], [], color=MUTED, lw=1.0, ls=(0, (2, 1.5)), label="after temperature scaling")
     axes.set_xlabel("confidence")
     axes.set_ylabel("accuracy")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
     return figure
+
+
+def _scaled(axes: Axes, one: Reliability, label: str) -> None:
+    said, was, _ = _bins(one)
+    axes.plot(said, was, color=COLOURS[label], lw=1.0, ls=(0, (2, 1.5)), alpha=0.8)
+
+
+def _bins(one: Reliability) -> tuple[Array, Array, Array]:
+    """Confidence, accuracy and count of the bins that hold enough examples to be drawn."""
+    count = np.array(one.count, dtype=np.float64)
+    enough = count >= max(10, count.sum() / 500)
+    return np.array(one.confidence)[enough], np.array(one.accuracy)[enough], count[enough]

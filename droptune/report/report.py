@@ -116,10 +116,11 @@ def price(verdict: Verdict) -> str:
     found = verdict.cost
     if found is None or found.none <= 0:
         return ""
-    more, low, high = (100 * (x - 1) for x in (found.winner / found.none, found.low, found.high))
+    ratios = (found.winner / found.none, found.low, found.high)
+    more, low, high = (round(100 * (ratio - 1)) for ratio in ratios)
     return (
         f"An interval takes {found.winner:.3g} s with dropout and {found.none:.3g} s without "
-        f"({more:+.0f} %, [{low:+.0f}, {high:+.0f}] over pairs of one seed; what else ran on the "
+        f"({more:+d} %, [{low:+d}, {high:+d}] over pairs of one seed; what else ran on the "
         "machine counts, and trainings fused in one group share their time)."
     )
 

@@ -278,13 +278,25 @@ def _curse(evidence: Evidence, winner: Member | None, ours: Sequence[Record]) ->
 def _calibrations(evidence: Evidence, planned: Plan) -> tuple[Calibration, ...]:
     if not planned.decided or planned.winner is None:
         return ()
-    members = [("winner", planned.winner), *((m.label, m) for m in planned.compared)]
-    seeds = range(evidence.spec.confirm.max_seeds)
-    found = [
-        calibration(evidence, label, list(evidence.confirmed(member.assignment, seeds).values()))
-        for label, member in members
-    ]
+    assignments = {"winner": planned.winner.assignment}
+    assignments |= {member.label: member.assignment for member in planned.compared}
+    trained = _on_common_seeds(evidence, assignments)
+    found = [calibration(evidence, label, records) for label, records in trained.items()]
     return tuple(one for one in found if one is not None)
+
+
+def _on_common_seeds(
+    evidence: Evidence, assignments: Mapping[str, Assignment]
+) -> dict[str, list[Record]]:
+    """Verdict trainings by label, on the seeds that all have (if two), so that means compare."""
+    seeds = range(evidence.spec.confirm.max_seeds)
+    trained = {label: evidence.confirmed(one, seeds) for label, one in assignments.items()}
+    held = {label: by_seed for label, by_seed in trained.items() if by_seed}
+    common = set(seeds).intersection(*held.values())
+    return {
+        label: [by_seed[i] for i in sorted(by_seed) if i in common or len(common) < 2]
+        for label, by_seed in held.items()
+    }
 
 
 def _counts(evidence: Evidence) -> dict[str, int]:
@@ -303,16 +315,11 @@ def _counts(evidence: Evidence) -> dict[str, int]:
 
 def members(evidence: Evidence, verdict: Verdict) -> dict[str, list[Record]]:
     """The trainings of the winner and of what it is compared with; single trials before that."""
-    found: dict[str, list[Record]] = {}
     assignments: dict[str, Assignment] = {}
     if verdict.winner is not None:
         assignments["winner"] = verdict.winner.assignment
     assignments |= {one.against: one.assignment for one in verdict.comparisons}
-    seeds = range(evidence.spec.confirm.max_seeds)
-    for label, assignment in assignments.items():
-        records = list(evidence.confirmed(assignment, seeds).values())
-        if records:
-            found[label] = records
+    found = _on_common_seeds(evidence, assignments)
     if len(found) > 1:
         return found
     numbers = {m.label: m.trial for m in best_baselines(evidence)}
