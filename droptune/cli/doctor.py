@@ -143,8 +143,8 @@ def _mlflow(settings: Config) -> str:
         return f"{tracking.redacted} will be made by the first study that is mirrored"
     if tracking.is_server:
         _ask(tracking)
-    else:
-        _look(settings.storage, tracking)
+    elif _is_empty(settings.storage, tracking):
+        return f"{tracking.redacted} is empty; the first study that is mirrored makes its tables"
     os.environ.update({name: value for name, value in QUICK.items() if name not in os.environ})
     tracking.connect()
     return f"{tracking.redacted} answers"
@@ -177,13 +177,15 @@ def _ask(tracking: Tracking) -> None:
         ) from None
 
 
-def _look(storage: str, tracking: Tracking) -> None:
-    """Whether MLflow may write into a database, and can: its own client tries for minutes.
+def _is_empty(storage: str, tracking: Tracking) -> bool:
+    """Whether a database of MLflow's, which it may have and which answers, has no tables yet.
 
-    Into the studies' own it would put its tables before it notices that it cannot.
+    Its own client would try for minutes, and into the studies' own database it would put its
+    tables before it notices that it cannot.
     """
     from droptune.storage.address import Address
-    from droptune.storage.database import Database, clock
+    from droptune.storage.creation import tables
+    from droptune.storage.database import Database
 
     ours, theirs = Address.parse(storage), Address.parse(tracking.uri)
     if _place(ours) == _place(theirs):
@@ -192,7 +194,7 @@ def _look(storage: str, tracking: Tracking) -> None:
             "alembic_version: give MLflow another database with MLFLOW_TRACKING_URI (or another "
             "PostgreSQL schema: ?options=-csearch_path%3Dmlflow)"
         )
-    Database(theirs).read(clock)
+    return not Database(theirs).read(tables)
 
 
 def _place(address: Address) -> tuple[str | None, ...]:

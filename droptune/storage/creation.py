@@ -137,13 +137,18 @@ def _revisions(database: Database) -> tuple[str | None, str | None]:
     return ours, optunas
 
 
+def tables(connection: sa.Connection) -> set[str]:
+    """The names of all tables, whoever's they are."""
+    return set(sa.inspect(connection).get_table_names())
+
+
 def _versions(connection: sa.Connection) -> tuple[str | None, str | None, set[str]]:
-    tables = set(sa.inspect(connection).get_table_names())
+    there = tables(connection)
     found: list[str | None] = []
     for table in (schema.VERSION_TABLE, "alembic_version"):
         query = sa.select(sa.column("version_num", sa.String)).select_from(sa.table(table))
-        found.append(connection.execute(query).scalar() if table in tables else None)
-    return found[0], found[1], tables
+        found.append(connection.execute(query).scalar() if table in there else None)
+    return found[0], found[1], there
 
 
 def _refuse_others(shown: str, revision: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -150,3 +151,74 @@ def test_changed_study_file_names_the_keys_and_another_name(create, project):
     refused(create(), "seed", "--name study-2", left=left, folder=project)
     (project / "study.yaml").write_text(STUDY.replace("4", "6"))  # the budget is free
     assert create().returncode == 0
+
+
+def test_files_that_are_no_study_file(droptune, project):
+    (project / "folder.yaml").mkdir()
+    for name, content, word in (
+        ("empty.yaml", b"", "no keys"),
+        ("tabs.yaml", b"program: model.py\nbudget:\n\ttrials: 3\n", "spaces"),
+        ("binary.yaml", b"\xff\xfe\x00", "UTF-8"),
+    ):
+        (project / name).write_bytes(content)
+        left = {path.name for path in project.iterdir()}
+        result = droptune("study", "create", name, cwd=project)
+        refused(result, name, word, left=left, folder=project)
+    result = droptune("study", "create", "folder.yaml", cwd=project)
+    refused(result, "folder.yaml", "Is a directory", left=left, folder=project)
+
+
+@pytest.mark.parametrize("line", ["budget: {trials: 0}", "training: {width: 0}"])
+def test_nothing_can_be_trained_with_zero(create, project, line):
+    study = "program: model.py\nmlflow: {mirror: none}\n"
+    (project / "study.yaml").write_text(f"{study}{line}\n")
+    refused(create(), "got 0", left=FILES, folder=project)
+
+
+def test_files_that_cannot_be_written(create, droptune, project):
+    assert create().returncode == 0
+    left = {path.name for path in project.iterdir() if path.name != "__pycache__"}
+    for arguments in (
+        ("init", "model.py", "-o", "none/x.yaml"),
+        ("report", "study", "-o", "none/x.html"),
+        ("export", "study", "-o", "none/x.csv"),
+    ):
+        result = droptune("study", *arguments, cwd=project)
+        refused(result, arguments[-1], "cannot be written", left=left, folder=project)
+
+
+def test_the_demo_where_nothing_can_be_written(droptune):
+    result = droptune("demo", cwd="/proc")
+    assert result.returncode == 2
+    assert "run the demo in a folder of your own" in result.stderr
+
+
+def test_the_wrong_folder_hints_at_the_database(create, droptune, project, tmp_path):
+    assert create().returncode == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    result = droptune("study", "best", "study", cwd=elsewhere)
+    refused(result, "No database file", "--storage", "droptune.toml", left=set(), folder=elsewhere)
+    left = {path.name for path in project.iterdir() if path.name != "__pycache__"}
+    result = droptune("study", "best", "another", cwd=project)
+    refused(result, "'another'", "--storage", left=left, folder=project)
+
+
+def test_a_stopped_study_says_what_a_new_run_does(create, droptune, project):
+    assert create().returncode == 0
+    url = f"sqlite:///{project}/droptune.db"
+    stopped = droptune("study", "stop", "study", "--storage", url, cwd=project)
+    assert f"droptune study resume study --storage '{url}'" in stopped.stdout
+    shown = droptune("study", "show", "study", cwd=project).stdout
+    assert "stopped" in shown
+    assert "study resume study" in shown
+
+
+def test_every_json_is_json(create, droptune, project):
+    assert create().returncode == 0
+    for words in (("study", "list"), ("study", "show", "study"), ("worker", "list")):
+        json.loads(droptune(*words, "--json", cwd=project).stdout)
+    json.loads(droptune("study", "schema", cwd=project).stdout)
+    json.loads(droptune("sites", "model.py", "--json", cwd=project).stdout)
+    nothing = droptune("study", "best", "study", "--json", cwd=project)
+    assert (nothing.returncode, nothing.stdout) == (1, "")

@@ -49,6 +49,35 @@ def test_nothing_is_there_yet(tmp_path):
     assert "No database file" in lines["database"]
     assert "droptune study create" in lines["database"]
     assert "workers" not in lines
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_keeps_a_study_from_mlflow(tmp_path):
+    url = f"sqlite:///{tmp_path}/droptune.db"
+    storage = Storage.open(url, create=True)
+    study = make_study(storage, tmp_path)
+    storage.put_mirror_state(study.row.id, {"reason": "the server is away"})
+    training = study.records()[0].training
+    link = {"training_id": training.id, "attempt": 1, "started": 1, "failure": "no such run"}
+    storage.put_mirror_link(study.row.id, training.id, link)
+    code, lines = doctor(tmp_path, DROPTUNE_STORAGE=url)
+    assert code == 1
+    said = lines["mirror of 'study'"]
+    assert "the server is away" in said
+    assert f"did not take {training.name}: no such run" in said
+    assert "droptune mirror rebuild study" in said
+
+
+@pytest.mark.databases("postgresql", "mysql")
+def test_an_empty_database_for_mlflow_stays_empty(empty_url, tmp_path):
+    import sqlalchemy as sa
+
+    studies = f"sqlite:///{tmp_path}/droptune.db"
+    Storage.open(studies, create=True).close()
+    code, lines = doctor(tmp_path, DROPTUNE_STORAGE=studies, MLFLOW_TRACKING_URI=empty_url)
+    assert code == 0, lines
+    assert "is empty; the first study that is mirrored makes its tables" in lines["mlflow"]
+    assert sa.inspect(sa.create_engine(empty_url)).get_table_names() == []
 
 
 def test_other_code_and_a_folder_that_cannot_be_written(tmp_path):
