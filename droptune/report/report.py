@@ -104,10 +104,16 @@ def curse(evidence: Evidence, verdict: Verdict) -> str:
         return ""
     metric = evidence.objective.metric
     flattered = "flattered it by" if found.excess > 0 else "was too low by"
+    scale = max(found.error, abs(found.excess) / 10)
+    common = ""
+    if found.none is not None:
+        worse = "" if found.none > 0 else " the other way"
+        common = f" (no dropout by {difference(metric, found.none, scale)}{worse}: all "
+        common += "trials share one data order)"
     return (
         f"In the search the winner had {metric_name(metric)} {level(metric, found.promised)}; on "
         f"fresh seeds it has {level(metric, found.delivered)} in validation: the search "
-        f"{flattered} {difference(metric, found.excess, max(found.error, abs(found.excess) / 10))}."
+        f"{flattered} {difference(metric, found.excess, scale)}{common}."
     )
 
 

@@ -343,12 +343,17 @@ def binomial_error(accuracy: float, examples: int) -> float:
 
 @dataclass(frozen=True)
 class Curse:
-    """The winner's curse: what the search promised and what fresh seeds delivered."""
+    """The winner's curse: what the search promised and what fresh seeds delivered.
+
+    `none` is the excess of no dropout: all trials of a search share their data order, and what
+    that adds to all of them is no curse.
+    """
 
     promised: float
     delivered: float
     error: float  # standard error of `delivered`
     excess: float  # how much better the promise was; positive: the search flattered
+    none: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {name: finite(getattr(self, name)) for name in self.__dataclass_fields__}

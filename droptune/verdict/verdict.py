@@ -10,7 +10,7 @@ none           nothing could be compared
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,7 @@ def judge(evidence: Evidence) -> Verdict:
         sites=sites,
         importance={one.input.name: one.importance for one in slices},
         overfitting=overfitting(evidence, planned),
-        curse=_curse(evidence, winner, ours),
+        curse=_curse(evidence, planned, ours, theirs),
         interaction=lr_interaction(surface, slices, winner.assignment) if winner else None,
         cost=dropout_cost(ours, theirs),
         calibration=_calibrations(evidence, planned),
@@ -268,11 +268,20 @@ def _trained(evidence: Evidence, planned: Plan) -> tuple[list[Record], list[Reco
     return ours, theirs
 
 
-def _curse(evidence: Evidence, winner: Member | None, ours: Sequence[Record]) -> Curse | None:
-    if winner is None or winner.promised is None or not ours:
+def _curse(
+    evidence: Evidence, planned: Plan, ours: Sequence[Record], theirs: Sequence[Record]
+) -> Curse | None:
+    found = _excess(evidence, planned.winner, ours)
+    none = next((m for m in planned.compared if m.label == "none"), None)
+    common = _excess(evidence, none, theirs)
+    return found and replace(found, none=common.excess if common else None)
+
+
+def _excess(evidence: Evidence, member: Member | None, trained: Sequence[Record]) -> Curse | None:
+    if member is None or member.promised is None or not trained:
         return None
-    values = np.array([record.value for record in ours], dtype=np.float64)
-    return winners_curse(winner.promised, values, str(evidence.objective.direction))
+    values = np.array([record.value for record in trained], dtype=np.float64)
+    return winners_curse(member.promised, values, str(evidence.objective.direction))
 
 
 def _calibrations(evidence: Evidence, planned: Plan) -> tuple[Calibration, ...]:

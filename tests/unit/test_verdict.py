@@ -417,6 +417,8 @@ def test_cost_and_curse(whole):
     verdict = judge(whole)
     assert 1.0 < verdict.cost.winner / verdict.cost.none < 1.2
     assert verdict.curse.error > 0
+    assert verdict.curse.none is not None
+    assert abs(verdict.curse.none) < 0.05
     assert verdict.counts["pruned"] == 18
 
 
