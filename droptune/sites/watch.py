@@ -132,6 +132,7 @@ def _without_dispatch(function: Any) -> types.FunctionType:
 
 
 _multi_head = _without_dispatch(functional.multi_head_attention_forward)
+_embedding_signature = inspect.signature(functional.embedding)
 _multi_head_signature = inspect.signature(functional.multi_head_attention_forward)
 
 
@@ -220,6 +221,16 @@ class Watch(TorchFunctionMode):
         if not under_functorch():
             return func(*args, **kwargs)
         return written_out.recurrent_cell(func.__name__.removesuffix("_cell"), *args, **kwargs)
+
+    def embedding(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """`F.embedding`: its batching rule forgets that padding gets no gradient."""
+        given = _embedding_signature.bind(*args, **kwargs).arguments
+        padding = given.get("padding_idx")
+        if padding is None or not under_functorch():
+            return func(*args, **kwargs)
+        x = func(**{**given, "padding_idx": None})
+        is_padding = given["input"] == padding % len(given["weight"])
+        return torch.where(is_padding.unsqueeze(-1), x.detach(), x)
 
 
 def _bound(listener: Listener, call: Call) -> written_out.Drop:
@@ -313,7 +324,8 @@ _HANDLED_BY_KIND = {"attention": Watch.attention, "recurrent": Watch.recurrent}
 
 def _handlers() -> dict[Any, Callable[..., Any]]:
     handlers: dict[Any, Callable[..., Any]] = {
-        functional.multi_head_attention_forward: Watch.multi_head
+        functional.multi_head_attention_forward: Watch.multi_head,
+        functional.embedding: Watch.embedding,
     }
     for name, kind in _KIND_OF.items():
         for home in (functional, torch):

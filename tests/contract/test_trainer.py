@@ -432,6 +432,22 @@ def test_streamed_data_are_shared_by_trainings_at_the_same_place():
     assert "val/gap" not in alone(recipe, trainings[0], 1)[1][0].measurement.values
 
 
+def test_padding_gets_no_gradient_where_each_training_has_its_own_batch():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(7, 6, padding_idx=-1)
+            self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(6, CLASSES))
+
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens).mean(1))
+
+    tokens = _tokens(22).clamp(max=6)
+    tokens[6:, 2:] = 6  # none in the first examples, on which fusing is tried
+    recipe = make_recipe(_classify(Padded, tokens))
+    assert_fused_is_solo(recipe, [training(recipe, k, data=k) for k in range(3)])
+
+
 def test_an_optimizer_that_is_not_written_out_is_stepped_slot_by_slot():
     program = _classify(Cnn, _noise(22, 1, 8, 8), lr=1e-3, optimizer=torch.optim.NAdam)
     recipe = make_recipe(program)
