@@ -15,6 +15,7 @@ from droptune.cli.options import (
     JsonOption,
     ProjectOption,
     StorageOption,
+    command,
     config,
     console,
     open_storage,
@@ -135,7 +136,7 @@ def _width(text: str) -> int:
 
 @app.command("list")
 def list_(json: JsonOption = False, storage: StorageOption = None) -> None:
-    """List the workers of the last hour, and the jobs of engines that are no workers yet."""
+    """List the workers that have not ended, and the jobs of engines that are no workers yet."""
     opened = open_storage(storage)
     workers = [worker for worker in opened.list_workers() if _is_shown(worker)]
     jobs = _submitted(opened)
@@ -144,7 +145,7 @@ def list_(json: JsonOption = False, storage: StorageOption = None) -> None:
         print_json([*map(asdict, workers), *waiting])
         return
     if not workers and not jobs:
-        print("no workers in the last hour; start one: droptune worker start")
+        print(f"no workers; start one: {command('worker', 'start', storage=storage)}")
         return
     from rich.table import Table
 
