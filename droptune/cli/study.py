@@ -220,6 +220,9 @@ def show(
     if study.phase() in ("done", "stopped"):
         words = ("best",) if study.phase() == "done" else ("resume",)
         print(f"next: {command('study', *words, name, storage=storage)}")
+    elif all(worker.state != "alive" for worker in study.storage.list_workers()):
+        words = ("worker", "start", name, "--until-done")
+        print(f"no worker is alive; go on with: {command(*words, storage=storage)}")
 
 
 def _news(study: Study) -> Iterator[str]:

@@ -112,6 +112,21 @@ def test_what_cannot_be_trained_is_said_and_ends(storage, tmp_path, monkeypatch,
     assert not study.verdict()["confirmed"]
 
 
+def test_a_study_that_nobody_trains_says_so(storage, tmp_path, capsys, monkeypatch):
+    from droptune.cli.study import show
+
+    monkeypatch.setenv("DROPTUNE_STORAGE", f"sqlite:///{tmp_path}/study.db")
+    monkeypatch.chdir(tmp_path)
+    study, player = make(storage, tmp_path, 12), Player(storage)
+    while storage.progress(study.row.id).claimable:
+        player.train(study)
+    show("study", watch=False, json=False, storage=None)
+    assert "no worker is alive" not in capsys.readouterr().out
+    storage.end_worker(player.id)
+    show("study", watch=False, json=False, storage=None)
+    assert "go on with: droptune worker start study --until-done" in capsys.readouterr().out
+
+
 def test_another_worker_that_was_first_is_waited_for(storage, tmp_path):
     study, player = make(storage, tmp_path, 12), Player(storage)
     while storage.progress(study.row.id).claimable:
