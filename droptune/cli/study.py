@@ -218,11 +218,10 @@ def show(
     for line in _news(study):
         print(line)
     if study.phase() in ("done", "stopped"):
-        words = ("best",) if study.phase() == "done" else ("resume",)
-        print(f"next: {command('study', *words, name, storage=storage)}")
+        then = "best" if study.phase() == "done" else "resume"
+        print(f"next: {command('study', then, name, storage=storage)}")
     elif all(worker.state != "alive" for worker in study.storage.list_workers()):
-        words = ("worker", "start", name, "--until-done")
-        print(f"no worker is alive; go on with: {command(*words, storage=storage)}")
+        print(f"no worker is alive; go on with: {_worker(name, storage)}")
 
 
 def _news(study: Study) -> Iterator[str]:
