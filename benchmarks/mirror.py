@@ -123,7 +123,7 @@ def chaos(given: argparse.Namespace) -> dict:
     """Trials in groups of ten, each group beside one of a study that nobody mirrors.
 
     The server is killed for `--away` seconds when a third is done; the syncer, which is the
-    command that a worker starts, is killed three times at random moments of the whole.
+    command that a worker starts, is killed three times, at a random moment of each third.
     """
     with tempfile.TemporaryDirectory() as name, Chaos(Path(name), given) as scene:
         scene.run()
@@ -168,15 +168,15 @@ class Chaos:
 
     def run(self) -> None:
         draw = random.Random(self.given.seed)
-        whole = 3 * self.given.away
-        kills = [(draw.uniform(5, whole), self._kill_syncer) for _ in range(3)]
-        events = [*kills, (self.given.away, self._away)]
+        third = self.given.away
+        kills = [(draw.uniform(i, i + 1) * third, self._kill_syncer) for i in range(3)]
+        events = [*kills, (third, self._away)]
         threads = [threading.Timer(*event) for event in events]
         began = time.monotonic()
         for thread in threads:
             thread.start()
         for number in range(self.given.trials // 10):
-            time.sleep(max(0.0, began + number * whole * 10 / self.given.trials - time.monotonic()))
+            time.sleep(max(0.0, began + number * 30 * third / self.given.trials - time.monotonic()))
             self._pair(draw)
         for thread in threads:
             thread.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -51,6 +52,7 @@ class Parent:
         self._storage = storage
         self._lease = lease
         self._state = dict(storage.mirror_state(study.id))
+        self._remembering = threading.Lock()
 
     @property
     def experiment_id(self) -> str:
@@ -114,8 +116,9 @@ class Parent:
 
     def _remember(self, **changes: Any) -> None:
         self._lease.check()
-        self._state = {**self._storage.mirror_state(self._study.id), **changes}
-        self._storage.put_mirror_state(self._study.id, self._state)
+        with self._remembering:
+            self._state = {**self._storage.mirror_state(self._study.id), **changes}
+            self._storage.put_mirror_state(self._study.id, self._state)
 
     def verify(self) -> None:
         """Raise Away (with the way out) unless MLflow has the study's run."""

@@ -82,7 +82,7 @@ class Server:
             raise
         return process
 
-    def _wait(self, process: subprocess.Popen[bytes], seconds: float = 120.0) -> None:
+    def _wait(self, process: subprocess.Popen[bytes], seconds: float = 300.0) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if process.poll() is not None:

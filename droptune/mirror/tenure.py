@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -15,12 +16,14 @@ from droptune.mirror.parent import Parent
 from droptune.mirror.registry import Registry
 from droptune.mirror.runs import Reference
 from droptune.mirror.study import MirroredStudy
-from droptune.mirror.tracking import Rejected, Tracking
+from droptune.mirror.tracking import Rejected, Tracking, single_try
 from droptune.mirror.writer import RunWriter
 from droptune.storage import Storage
 from droptune.training import Record, State
 
 Load = Callable[[Record], Trained | None]
+
+CONNECTIONS = 4  # runs written at a time through a server: one alone mostly waits for answers
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Tenure:
         self._storage = storage
         self._lease = lease
         self._study = study
+        self._connections = CONNECTIONS if tracking.is_server else 1  # a database has one writer
         self._links = {
             training_id: Link.from_json(data)
             for training_id, data in storage.mirror_links(study.id).items()
@@ -77,11 +81,12 @@ class Tenure:
         reference = runs.reference_of(records, self._study.objectives[0])
         work = [record for record in records if self._pending(record, reference)]
         known_devices = devices() if work else {}
-        points = 0
-        for record in work:
+
+        def write(record: Record) -> int:
             self._lease.check()
-            points += self._write(record, known_devices.get(record.worker or ""), reference)
-        return Written(len(work), points)
+            return self._write(record, known_devices.get(record.worker or ""), reference)
+
+        return Written(len(work), sum(self._each(write, work)))
 
     @property
     def set_aside(self) -> Mapping[int, str]:
@@ -133,6 +138,14 @@ class Tenure:
         if record.state is State.QUEUED:
             return False
         return record.training.assignment is not None or record.state.finished
+
+    def _each(self, write: Callable[[Record], int], work: Sequence[Record]) -> list[int]:
+        """The runs one by one or some at a time; the first failure leaves the rest for later."""
+        with single_try(), ThreadPoolExecutor(self._connections) as pool:
+            try:
+                return list(pool.map(write, work))
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def _write(self, record: Record, device: str | None, reference: Reference | None) -> int:
         link = self._links.get(record.training.id)

@@ -151,7 +151,10 @@ def set_environment() -> None:
 
 @contextmanager
 def single_try() -> Iterator[None]:
-    """No retries in MLflow's HTTP client: a repeated `create_run` leaves ghost runs."""
+    """No retries in MLflow's HTTP client: a repeated `create_run` leaves ghost runs.
+
+    It holds for the whole process: around threads, not in them.
+    """
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     before = os.environ.get(name)
     os.environ[name] = "0"

@@ -14,7 +14,7 @@ from droptune.mirror.links import Link
 from droptune.mirror.parent import Parent
 from droptune.mirror.runs import Point, Reference
 from droptune.mirror.study import MirroredStudy
-from droptune.mirror.tracking import Away, Tracking, plain_errors, single_try
+from droptune.mirror.tracking import Away, Tracking, plain_errors
 from droptune.training import Record
 
 _BATCH = 900  # points per request; MLflow takes 1000 metrics, params and tags in all
@@ -35,7 +35,8 @@ class RunWriter:
     """Writes runs of one experiment through one client, with explicit run ids only.
 
     `save` stores a link in SQL; it is called before a run is created and after MLflow has
-    answered, never in between. Raises MirrorErrors.
+    answered, never in between. Several threads may write, each its own run, within `single_try`.
+    Raises MirrorErrors.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class RunWriter:
     def _create(self, record: Record, link: Link, tags: Mapping[str, str]) -> str:
         self._lease.check()
         try:
-            with plain_errors(self._tracking), single_try():
+            with plain_errors(self._tracking):
                 run = self._client.create_run(
                     self._parent.experiment_id,
                     start_time=link.started,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
@@ -95,7 +96,8 @@ def _wait_for_link(store, study_id):
 class Lossy(ThreadingHTTPServer):
     """A proxy before MLflow: `plan` says what happens to the next creations of runs.
 
-    "drop": it is done, but the answer is lost; "late": it is done after the client gave up.
+    "drop": it is done, but the answer is lost; "late": it is done by `deliver`, long after the
+    client gave up.
     """
 
     daemon_threads = True
@@ -103,12 +105,25 @@ class Lossy(ThreadingHTTPServer):
     def __init__(self, target: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.target = target
-        self.plan: list[str] = []
-        self.late: list[threading.Thread] = []
+        self.plan: Iterator[str] = iter(())
+        self.late: list[tuple[str, bytes]] = []
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def deliver(self) -> None:
+        for path, body in self.late:
+            assert self.forward("POST", path, body)[0] == 200
+
+    def forward(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        headers = {"Content-Type": "application/json"}
+        request = Request(self.target + path, data=body or None, headers=headers, method=method)
+        try:
+            with urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read()
+        except HTTPError as error:
+            return error.code, error.read()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -116,15 +131,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fate = ""
-        if self.path.endswith("/runs/create") and self.server.plan:
-            fate = self.server.plan.pop(0)
+        creates = self.path.endswith("/runs/create")
+        fate = next(self.server.plan, "") if creates else ""
         if fate == "late":
-            thread = threading.Timer(1.0, self._forward, (body,))
-            thread.start()
-            self.server.late.append(thread)
+            self.server.late.append((self.path, body))
         else:
-            status, answer = self._forward(body)
+            status, answer = self.server.forward(self.command, self.path, body)
         if fate:
             self.close_connection = True
             return
@@ -134,17 +146,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer)
 
     do_GET = do_PATCH = do_DELETE = do_POST
-
-    def _forward(self, body: bytes) -> tuple[int, bytes]:
-        headers = {"Content-Type": "application/json"}
-        request = Request(
-            self.server.target + self.path, data=body or None, headers=headers, method=self.command
-        )
-        try:
-            with urlopen(request, timeout=30) as answer:
-                return answer.status, answer.read()
-        except HTTPError as error:
-            return error.code, error.read()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -157,14 +158,13 @@ def test_creations_without_an_answer_leave_no_ghosts(store, tmp_path):
     with serving(tmp_path) as server, Lossy(server.address) as proxy:
         thread = threading.Thread(target=proxy.serve_forever)
         thread.start()
-        proxy.plan = ["drop", "", "drop", "late", "", "late", "late", "drop"]
+        proxy.plan = iter(["drop", "", "drop", "late", "", "late", "late", "drop"])
         mirror = Mirror(store, "digits", Tracking.resolve(proxy.address, ""))
-        rounds = 1
+        assert not mirror.sync_once(refresh=True).complete
         while not mirror.sync_once(refresh=True).complete:
-            rounds += 1
-        assert rounds == 7
-        for late in proxy.late:
-            late.join()
+            pass
+        assert next(proxy.plan, None) is None
+        proxy.deliver()
         direct = Tracking.resolve(server.address, "")
         assert any("2 runs with" in line for line in differences(store, "digits", direct))
         row = store.study("digits")
@@ -187,14 +187,13 @@ def test_a_holder_that_was_too_slow_leaves_no_ghosts(store, tmp_path, monkeypatc
         thread = threading.Thread(target=proxy.serve_forever)
         thread.start()
         slow = Mirror(store, "digits", Tracking.resolve(proxy.address, ""), lease_seconds=30)
-        proxy.plan = ["", "", "late"]
+        proxy.plan = iter(["", "", "late"])
         assert not slow.sync_once().complete
         direct = Tracking.resolve(server.address, "")
         fast = Mirror(store, "digits", direct)
         _expire_lease(store)
         assert fast.sync_once().doubtful
-        for late in proxy.late:
-            late.join()
+        proxy.deliver()
         assert any("2 runs with" in line for line in differences(store, "digits", direct))
         while fast.sync_once().doubtful:
             time.sleep(0.1)
