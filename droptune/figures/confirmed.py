@@ -42,7 +42,7 @@ def learning_curves(evidence: Evidence, verdict: Verdict) -> Figure:
             _thin(axes, trained.get(label, []), training, label)
         axes.plot([], [], color=MUTED, lw=1.0, ls=(0, (2, 1.5)), label="training")
     _limit(axes, evidence, shown)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("interval")
     axes.set_ylabel(f"validation {metric_name(evidence.objective.metric)}")
     axes.margins(x=0.02)
