@@ -19,8 +19,8 @@ def note(study: MirroredStudy, records: Sequence[Record], answer: Answer) -> str
     first = answer.line(study.name, records, objective)
     blocks = [
         f"**{first}**",  # no heading: MLflow draws those badly where they take two lines
+        _rates(study, best, answer),  # near the top: MLflow folds all but a few lines
         *answer.details,
-        _rates(study, best, answer),
         _table(study, records, best),
         "\n".join(f"- {warning}" for warning in answer.warnings),
         _progress(study, records),
@@ -123,16 +123,19 @@ def _json(value: object) -> bytes:
 
 
 def summary(study: MirroredStudy, records: Sequence[Record]) -> Mapping[str, float]:
-    """The parent run's metrics: the best objective and how it compares, and the counts."""
+    """The parent run's metrics: the best objective and how it compares, and the counts.
+
+    Nothing before there is a best: MLflow lists metrics in the order of their first value.
+    """
     objective = study.objectives[0]
     counts = Counter(record.state for record in trials(records))
-    found: dict[str, float] = {}
     best = runs.best_of(trials(records), objective)
-    if best is not None and best.value is not None:
-        found["objective"] = best.value
-        reference = runs.reference_of(records, objective)
-        if reference is not None:
-            found["gain"] = runs.better_by(objective, best.value, reference.value)
+    if best is None or best.value is None:
+        return {}
+    found = {"objective": best.value}
+    reference = runs.reference_of(records, objective)
+    if reference is not None:
+        found["gain"] = runs.better_by(objective, best.value, reference.value)
     for label, record in baselines(records, objective).items():
         found[f"baseline/{runs.clean_key(label)}"] = record.value or 0.0
     for state in (State.COMPLETE, State.PRUNED, State.FAIL):

@@ -202,7 +202,7 @@ class Parent:
         self._write_note(records, answer)
         self._write_summary(records)
         self._write_artifacts({**files(self._study, records), **artifacts})
-        self._write_views(records)
+        self._write_views(records, answer)
         self._write_status()
 
     def _write_settings(self) -> None:
@@ -271,9 +271,10 @@ class Parent:
         known |= {path: _hash(content) for path, content in changed.items()}
         self._remember(artifacts=known)
 
-    def _write_views(self, records: Sequence[Record]) -> None:
+    def _write_views(self, records: Sequence[Record], answer: Answer) -> None:
         known = dict(self._state.get("views", {}))
-        for key, value in experiment_tags(self._study, records).items():
+        line = answer.line(self._study.name, records, self._study.objectives[0])
+        for key, value in experiment_tags(self._study, records, line).items():
             if known.get(key) != _hash(value.encode()):
                 with plain_errors(self._tracking):
                     self._client.set_experiment_tag(self.experiment_id, key, value)

@@ -21,6 +21,10 @@ from droptune.training import Record
 
 CHALLENGER = "challenger"
 CHAMPION = "champion"
+_DESCRIPTION = (
+    "Dropout rates tuned by droptune. `champion`: what confirmation on fresh seeds recommends, "
+    "which may be no dropout. `challenger`: the best of the search so far, not confirmed."
+)
 
 
 class Registry:
@@ -61,9 +65,7 @@ class Registry:
         name = self._study.model_name
         try:
             with plain_errors(self._tracking):
-                self._client.create_registered_model(
-                    name, description="Written by droptune. Aliases: champion, challenger."
-                )
+                self._client.create_registered_model(name, description=_DESCRIPTION)
         except Rejected as error:
             if "exist" not in str(error).lower():
                 raise
@@ -142,9 +144,9 @@ class Registry:
 
     def _tags(self, record: Record) -> dict[str, str]:
         return {
-            runs.UID: runs.uid(self._study.uuid, record.training),
-            "droptune.study": self._study.name,
             "droptune.training": record.training.name,
+            "droptune.study": self._study.name,
+            runs.UID: runs.uid(self._study.uuid, record.training),
         }
 
 

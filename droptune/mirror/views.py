@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
+from textwrap import shorten
 from typing import Any
 from urllib.parse import quote
 
@@ -22,8 +24,10 @@ from droptune.training import Record, State
 TESTED = ("3.15", "3.16", "3.17")
 LEADERBOARD = "leaderboard"
 CHARTS = "charts"
+_HEADLINE = 150  # characters, one line above the charts
 _LONGEST_TAG = 20_000  # characters, MLflow's limit for experiment tags
 _SHOWN_SITES = 5
+_SHOWN_RUNS = 100  # in a chart of curves
 _TRAINING = "workflowType=machine_learning"  # MLflow opens on its pages for GenAI without it
 
 
@@ -32,13 +36,14 @@ def view_id(study: MirroredStudy, view: str) -> str:
     return hashlib.sha256(f"{study.uuid}/{view}".encode()).hexdigest()[:32]
 
 
-def experiment_tags(study: MirroredStudy, records: Sequence[Record]) -> dict[str, str]:
-    """The tags that make the study's saved views."""
+def experiment_tags(
+    study: MirroredStudy, records: Sequence[Record], headline: str
+) -> dict[str, str]:
+    """The tags that make the study's saved views; `headline` stands above the charts."""
     sites = important_rates(records, study.objectives[0])[:_SHOWN_SITES]
-    curves = sorted({key for record in records[:50] for key in record.curves})
     states = {
         LEADERBOARD: _leaderboard(study, sites),
-        CHARTS: _charts(study, sites, curves),
+        CHARTS: _charts(study, sites, records[:_SHOWN_RUNS], headline),
     }
     tags = {}
     for view, state in states.items():
@@ -134,15 +139,15 @@ def _search(study: MirroredStudy) -> dict[str, Any]:
 
 
 def _leaderboard(study: MirroredStudy, sites: Sequence[str]) -> dict[str, Any]:
-    """Few columns, so that all are seen at once; MLflow sorts them by name within each group."""
-    columns = [f"metrics.`{key}`" for key in ("objective", "gain", "best/accuracy")]
+    """Few columns, each as wide as its title, so that all are seen and read at once."""
+    columns = ["metrics.`objective`", "metrics.`gain`"]
     columns += [f"params.`{key}`" for key in ("lr", "dropout_mean", *sites[:3])]
     columns += ["tags.`droptune.state`"]
     return {
         **_search(study),
         "selectedColumns": columns,
-        "columnOrder": [],
-        "columnWidths": {},
+        "columnOrder": columns,
+        "columnWidths": {column: _width(column) for column in columns},
         "runsExpanded": {},
         "runsPinned": [],
         "runsHidden": [],
@@ -153,19 +158,28 @@ def _leaderboard(study: MirroredStudy, sites: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _charts(study: MirroredStudy, sites: Sequence[str], curves: Sequence[str]) -> dict[str, Any]:
+def _width(column: str) -> int:
+    """Pixels for a column's title, in bold, with room for the arrow of a sorted one."""
+    title = column.partition("`")[2].rstrip("`")
+    return min(260, max(90, 7 * len(title) + 40))
+
+
+def _charts(
+    study: MirroredStudy, sites: Sequence[str], records: Sequence[Record], headline: str
+) -> dict[str, Any]:
     section = view_id(study, "section")
-    first, *others = _shown_curves(study, curves)
+    curves = sorted({key for record in records for key in record.curves})
+    shown = _shown_curves(study, curves)
+    first, *others = [_lines(key, _scale(key, records)) for key in shown]
     cards = [
         _parallel(sites),
         _scatter("dropout_mean"),
-        _lines(first),
+        first,
         _scatter("lr"),
         *(_scatter(site) for site in sites[:2]),
-        *(_lines(key) for key in others),
+        *others,
     ]
-    shown = {card.get("metricKey") for card in cards}
-    hidden = [_hidden(key) for key in curves if runs.clean_key(key) not in shown]
+    hidden = [_hidden(key) for key in curves if key not in shown]
     summary = ("objective", "gain", "pruned_at", "best/interval", *_best_keys(curves))
     hidden += [_hidden(key) for key in summary]
     for number, card in enumerate(cards + hidden):
@@ -177,17 +191,17 @@ def _charts(study: MirroredStudy, sites: Sequence[str], curves: Sequence[str]) -
     return {
         **_leaderboard(study, sites),
         "compareRunCharts": cards + hidden,
-        "compareRunSections": [_section(study, section)],
+        "compareRunSections": [_section(section, headline)],
         "isAccordionReordered": True,  # keeps our section first
         "hideEmptyCharts": True,
         "autoRefreshEnabled": True,
     }
 
 
-def _section(study: MirroredStudy, uuid: str) -> dict[str, Any]:
+def _section(uuid: str, headline: str) -> dict[str, Any]:
     return {
         "uuid": uuid,
-        "name": study.name,
+        "name": shorten(headline, _HEADLINE, placeholder=" …"),
         "display": True,
         "isReordered": True,
         "deleted": False,
@@ -198,7 +212,14 @@ def _section(study: MirroredStudy, uuid: str) -> dict[str, Any]:
 def _shown_curves(study: MirroredStudy, curves: Sequence[str]) -> list[str]:
     objectives = [objective.key for objective in study.objectives]
     others = [key for key in ("val/accuracy", "train/loss") if key in curves]
-    return [runs.clean_key(key) for key in dict.fromkeys([*objectives, *others])]
+    return list(dict.fromkeys([*objectives, *others]))
+
+
+def _scale(key: str, records: Sequence[Record]) -> str:
+    """The axis of a curve: logarithmic where a linear one would press most of it to the floor."""
+    values = [v for record in records for v in record.curves.get(key, ()) if math.isfinite(v)]
+    wide = bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+    return "log" if wide else "linear"
 
 
 def _best_keys(curves: Sequence[str]) -> list[str]:
@@ -228,20 +249,21 @@ def _scatter(param: str) -> dict[str, Any]:
     }
 
 
-def _lines(key: str) -> dict[str, Any]:
+def _lines(key: str, scale: str) -> dict[str, Any]:
+    metric = runs.clean_key(key)
     return {
         "type": "LINE",
-        "metricKey": key,
-        "selectedMetricKeys": [key],
+        "metricKey": metric,
+        "selectedMetricKeys": [metric],
         "xAxisKey": "step",
         "selectedXAxisMetricKey": "",
         "xAxisScaleType": "linear",
-        "scaleType": "linear",
+        "scaleType": scale,
         "lineSmoothness": 0,
         "displayPoints": False,
         "yAxisKey": "metric",
         "ignoreOutliers": True,  # one diverged trial must not flatten all others
-        "runsCountToCompare": 100,
+        "runsCountToCompare": _SHOWN_RUNS,
         "deleted": False,
     }
 

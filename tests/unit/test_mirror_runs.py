@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -234,11 +235,40 @@ def test_the_first_line_says_not_confirmed_until_it_is():
 def test_saved_views_fit_into_a_tag_however_many_sites_there_are():
     rates = {f"transformer.encoder.layers.{i}.attention.dropout": i / 200 for i in range(120)}
     found = [record(i, rates={p: (r + i / 9) % 1 for p, r in rates.items()}) for i in range(8)]
-    tags = views.experiment_tags(STUDY, found)
+    tags = views.experiment_tags(STUDY, found, "digits: better " * 100)
     assert len(tags) == 2
     for value in tags.values():
         assert len(value) < 20_000
         assert json.loads(json.loads(value)["state"])["orderByKey"] == "metrics.`objective`"
+
+
+def test_the_answer_stands_above_the_charts_and_losses_have_a_logarithmic_axis():
+    curves = {"val/nll": [2.0, 0.1], "val/accuracy": [0.2, 0.9], "train/loss": [2.0, -1.0]}
+    found = [replace(record(1), curves=curves)]
+    tags = views.experiment_tags(STUDY, found, "digits: no difference")
+    state = json.loads(json.loads(tags[_tag(views.CHARTS)])["state"])
+    assert [section["name"] for section in state["compareRunSections"]] == ["digits: no difference"]
+    scales = {c["metricKey"]: c["scaleType"] for c in state["compareRunCharts"] if "scaleType" in c}
+    assert scales == {"val/nll": "log", "val/accuracy": "linear", "train/loss": "linear"}
+
+
+def test_columns_of_the_leaderboard_are_in_order_and_wide_enough_for_their_titles():
+    found = [record(i, rates={"encoder.layers.0.attention": i / 9}) for i in range(4)]
+    tags = views.experiment_tags(STUDY, found, "digits")
+    state = json.loads(json.loads(tags[_tag(views.LEADERBOARD)])["state"])
+    assert state["columnOrder"] == state["selectedColumns"]
+    assert state["columnOrder"][0] == "metrics.`objective`"
+    widths = state["columnWidths"]
+    assert widths["params.`lr`"] < widths["params.`dropout/encoder.layers.0.attention`"]
+
+
+def _tag(view):
+    return f"mlflow.sharedViewState.{views.view_id(STUDY, view)}"
+
+
+def test_the_study_s_run_has_no_metrics_before_there_is_an_objective():
+    assert note.summary(STUDY, [record(1, state=State.PRUNED)]) == {}
+    assert next(iter(note.summary(STUDY, [record(1)]))) == "objective"
 
 
 def test_the_site_that_matters_comes_first():
