@@ -305,9 +305,10 @@ class Study:
     def confirm(self, *, top: int | None, max_seeds: int | None, ablate: bool) -> int:
         """Queue confirmations (more of them, or ablations); returns how many were queued.
 
-        Ends the search where it is still going on. StorageError where nothing may start any more.
+        Ends the search where it is still going on. StorageError where nothing may start any more,
+        or where no group can be left out.
         """
-        from droptune.verdict.confirmation import plan
+        from droptune.verdict.confirmation import ablated_members, plan
 
         spent = self.storage.progress(self.row.id).spent
         if spent is not None:
@@ -322,8 +323,15 @@ class Study:
         if top or max_seeds:
             changes["share"] = 1.0  # what is asked for counts before the budget's share
         changes |= {"ablate": True} if ablate else {}
-        self.reconfigure(confirm=replace(self.spec.confirm, **changes))
-        planned = plan(self.evidence())
+        asked = replace(self.spec.confirm, **changes)
+        evidence = replace(self.evidence(), spec=replace(self.spec, confirm=asked))
+        planned = plan(evidence)
+        if ablate and planned.winner and not ablated_members(evidence, planned.winner):
+            raise StorageError(
+                f"nothing to leave out: the winner of {self.name!r} has dropout in one group of "
+                "sites; without it, it is no dropout at the winner's lr, which is compared anyway"
+            )
+        self.reconfigure(confirm=asked)
         queued = self.storage.enqueue(self.row.id, planned.queue)
         if not planned.decided:
             self.storage.update_study(self.row.id, phase="confirming")

@@ -159,6 +159,14 @@ def test_a_budget_raised_at_the_last_moment_is_spent(storage, tmp_path, monkeypa
     assert len([r for r in study.records() if r.training.kind.is_trial]) == 14
 
 
+def test_one_group_alone_is_not_left_out(storage, tmp_path):
+    study, player = make(storage, tmp_path, 12), Player(storage)
+    player.play(study)
+    with pytest.raises(StorageError, match="nothing to leave out"):
+        study.confirm(top=None, max_seeds=None, ablate=True)
+    assert not Study.open(storage, study.name).spec.confirm.ablate
+
+
 def test_confirming_beyond_the_deadline_is_refused(storage, tmp_path):
     budget = "{trials: 12, deadline: 2020-01-01T00:00:00Z}"
     study = make(storage, tmp_path, 12, budget=budget)
