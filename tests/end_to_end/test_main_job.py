@@ -68,7 +68,14 @@ def droptune(*arguments: str, cwd: Path, **options):
 
 def test_it_ends_with_the_answer_beside_the_baselines_and_what_to_do_next(finished):
     _, printed = finished
-    for words in ("each at the best learning rate of its own", "none", "half", "author", "layers.2", "cost:"):
+    for words in (
+        "each at the best learning rate of its own",
+        "none",
+        "half",
+        "author",
+        "layers.2",
+        "cost:",
+    ):
         assert words in printed
     for command in ("study best study --code", "study report study", "mirror ui study"):
         assert command in printed
