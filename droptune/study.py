@@ -302,19 +302,20 @@ class Study:
         """The stored verdict of a study that is done, as JSON; None before."""
         return self.storage.get_verdict(self.row.id)
 
-    def confirm(self, *, top: int | None, max_seeds: int | None, ablate: bool) -> int:
+    def confirm(self, *, top: int | None, max_seeds: int | None, ablate: bool) -> int | None:
         """Queue confirmations (more of them, or ablations); returns how many were queued.
 
-        Ends the search where it is still going on. StorageError where nothing may start any more,
+        Ends a search that is still going on; while some of it is trained, workers queue when that
+        has ended, and None is returned. StorageError where nothing may start any more,
         or where no group can be left out.
         """
         from droptune.verdict.confirmation import ablated_members, plan
 
-        spent = self.storage.progress(self.row.id).spent
-        if spent is not None:
+        left = self.storage.progress(self.row.id)
+        if left.spent is not None:
             raise StorageError(
-                f"study {self.name!r} has used up its {spent}: raise the budget in its file and "
-                "run that again"
+                f"study {self.name!r} has used up its {left.spent}: raise the budget in its file "
+                "and run that again"
             )
 
         changes: dict[str, Any] = {"enabled": True}
@@ -324,6 +325,10 @@ class Study:
             changes["share"] = 1.0  # what is asked for counts before the budget's share
         changes |= {"ablate": True} if ablate else {}
         asked = replace(self.spec.confirm, **changes)
+        if left.phase == "searching" and (left.running or left.queued):
+            self.reconfigure(confirm=asked)
+            self.storage.update_study(self.row.id, phase="confirming")
+            return None
         evidence = replace(self.evidence(), spec=replace(self.spec, confirm=asked))
         planned = plan(evidence)
         if ablate and planned.winner and not ablated_members(evidence, planned.winner):

@@ -279,7 +279,10 @@ def confirm(
     """Queue confirmations (or more of them) for the workers; trains nothing itself."""
     study = open_study(name, storage)
     queued = study.confirm(top=top, max_seeds=max_seeds, ablate=ablate)
-    if queued:
+    if queued is None:
+        print("no new trials; confirmations are queued when those begun have ended")
+        print(f"next: {_worker(name, storage)}")
+    elif queued:
         print(f"{counted(queued, 'training')} queued; next: {_worker(name, storage)}")
     else:
         print("nothing to queue: what was asked for is confirmed or queued already")

@@ -159,6 +159,22 @@ def test_a_budget_raised_at_the_last_moment_is_spent(storage, tmp_path, monkeypa
     assert len([r for r in study.records() if r.training.kind.is_trial]) == 14
 
 
+def test_confirming_in_the_midst_of_a_search_waits_for_what_is_trained(storage, tmp_path):
+    """Front runners are chosen once, when all that was begun has ended."""
+    study, player = make(storage, tmp_path, 20), Player(storage)
+    for _ in range(3):
+        player.train(study)
+    begun = study.claim(player.id, 2)
+    assert study.confirm(top=1, max_seeds=None, ablate=False) is None
+    assert not study.advance()
+    storage.finish_all([Ending(t, State.FAIL, reason="made up") for t in begun])
+    player.play(study)
+    records = study.records()
+    assert len([r for r in records if r.training.kind.is_trial]) == 14
+    confirmed = {r.training.label for r in records if r.training.label.startswith("trial ")}
+    assert len(confirmed) == 1
+
+
 def test_one_group_alone_is_not_left_out(storage, tmp_path):
     study, player = make(storage, tmp_path, 12), Player(storage)
     player.play(study)
