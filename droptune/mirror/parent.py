@@ -201,9 +201,9 @@ class Parent:
         self._write_settings()
         self._write_note(records, answer)
         self._write_summary(records)
-        self._write_artifacts({**files(self._study, records), **artifacts})
         self._write_views(records, answer)
         self._write_status()
+        self._write_artifacts({**files(self._study, records), **artifacts})
 
     def _write_settings(self) -> None:
         """Params and the data set: once, they cannot change."""

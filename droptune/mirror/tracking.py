@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ class Tracking:
         from mlflow import MlflowClient
 
         registry = os.environ.get("MLFLOW_REGISTRY_URI")
-        with plain_errors(self), _first_contact(self.database):
+        with plain_errors(self), _first_contact(self):
             client = MlflowClient(tracking_uri=self.uri, registry_uri=registry or self.uri)
             client.search_experiments(max_results=1)
         return client
@@ -180,6 +181,8 @@ def plain_errors(tracking: Tracking) -> Iterator[None]:
     except MlflowException as error:
         raise _explained(error, tracking) from error
     except (requests.RequestException, OSError, TimeoutError) as error:
+        if isinstance(getattr(error, "filename", None), str):
+            raise Away(f"MLflow's file {error.filename}: {error.strerror}") from error
         raise _unreachable(str(error), tracking) from error
     except Exception as error:
         if tracking.is_server or not type(error).__module__.startswith(("sqlalchemy", "alembic")):
@@ -245,7 +248,7 @@ def _user() -> str:
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(text.partition("(Background on this error")[0].split())
     return line if len(line) <= 300 else f"{line[:297]}…"
 
 
@@ -269,15 +272,31 @@ def _with_driver(url: str) -> str:
 
 
 @contextmanager
-def _first_contact(database: Path | None) -> Iterator[None]:
+def _first_contact(tracking: Tracking) -> Iterator[None]:
     """One process at a time creates MLflow's tables: it does so unlocked, and 7 of 8 fail."""
+    database = tracking.database
     if database is None:
         yield
         return
     database.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{database}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not database.exists():
+            _create(database, artifacts=str(tracking.artifacts))
         with sqlite3.connect(database) as connection:  # readers then never block the writer
             connection.execute("PRAGMA journal_mode=WAL")
         connection.close()
         yield
+
+
+def _create(database: Path, *, artifacts: str) -> None:
+    """A database with MLflow's tables, all or nothing: MLflow cannot go on with some of them."""
+    from mlflow.store.tracking import sqlalchemy_store
+
+    stores: Any = sqlalchemy_store
+    for left in database.parent.glob(f"{database.name}.new-*"):  # by a process that was killed
+        left.unlink()
+    # Another name for each try: MLflow keeps a connection to every database that it has seen.
+    new = database.with_name(f"{database.name}.new-{time.time_ns()}")
+    stores.SqlAlchemyStore(f"sqlite:///{new}", artifacts).engine.dispose()
+    new.rename(database)

@@ -202,13 +202,21 @@ class Checkpoints(Strict):
     directory: str | None = None
 
 
+def _model_name(given: str) -> str:
+    if not given or re.search(r"""[/:'"]""", given):
+        raise ValueError(f"{given!r}: the name of a model in MLflow has no / : ' or \"")
+    return given
+
+
 @dataclass(frozen=True)
 class Mlflow(Strict):
     """Who copies the study to MLflow, and under which names (None: from the study's)."""
 
     mirror: Literal["worker", "external", "none"] = "worker"
-    experiment: str | None = None
-    registered_model: str | None = None
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    registered_model: Annotated[str, Field(max_length=250), AfterValidator(_model_name)] | None = (
+        None
+    )
 
 
 class Described(Protocol):

@@ -260,6 +260,40 @@ def test_a_server_that_is_away_is_a_reason_in_sql(store, name):
     assert store.mirror_state(row.id)["reason"] == result.reason
 
 
+def test_artifacts_that_cannot_be_written_hold_up_nothing_else(store, name, tmp_path, prepared):
+    row = create(store, name)
+    Trainings(store, name).run(7)
+    copy_database(prepared, tmp_path / "mlflow.db")
+    tracking = Tracking.resolve(f"sqlite:///{tmp_path / 'mlflow.db'}", "")
+    (tmp_path / "mlartifacts").write_text("not a folder")
+    mirror = Mirror(store, name, tracking)
+    reason = mirror.sync_once(refresh=True).reason
+    assert reason.startswith(f"MLflow's file {tmp_path / 'mlartifacts'}")
+    assert reason.endswith(": Not a directory")
+    assert store.mirror_state(row.id)["reason"] == reason
+    assert differences(store, name, tracking) == []
+    experiment = tracking.connect().get_experiment(store.mirror_state(row.id)["experiment_id"])
+    assert sum(key.startswith("mlflow.sharedViewState.") for key in experiment.tags) == 2
+    (tmp_path / "mlartifacts").unlink()
+    assert mirror.sync_once(refresh=True).complete
+    assert store.mirror_state(row.id)["reason"] is None
+
+
+def test_a_database_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
+    """What a process leaves that is killed while it makes MLflow's tables stops nobody."""
+    from mlflow.store.tracking import sqlalchemy_store
+
+    tracking = Tracking.resolve(f"sqlite:///{tmp_path / 'mlflow.db'}", "")
+    with monkeypatch.context() as patch:
+        last = "_verify_schema"
+        patch.setattr(sqlalchemy_store.mlflow.store.db.utils, last, lambda engine: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tracking.connect()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert tracking.connect().search_experiments()
+    assert not list(tmp_path.glob("*.new*"))
+
+
 def test_the_parent_shows_what_it_is_given(store, tracking, name):
     row = create(store, name)
     Trainings(store, name).run(7)

@@ -195,6 +195,7 @@ def test_shipped_studies(path):
         ({"training": {"width": 0}}, "training.width: .*got 0"),
         ({"epochs": "many"}, "epochs: .*got 'many'"),
         ({"name": "a b"}, "name: 'a b' may hold letters"),
+        ({"mlflow": {"registered_model": "a/b"}}, "mlflow.registered_model: 'a/b': the name of"),
         ({"mlflow": {"mirror": "sometimes"}}, "mlflow.mirror: .*got 'sometimes'"),
     ],
 )
