@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -249,9 +250,38 @@ def test_stopping_the_study_ends_its_workers_well(submit):
     assert study.study.intervals() > 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def long_study(request, tmp_path_factory, postgresql):
+    """A study under time limits of a minute, in a cluster of its own.
+
+    It mostly waits: so it begins with the first test above and goes on beside them all.
+    """
+    wanted = any("three_time_limits" in item.name for item in request.session.items)
+    if not wanted:
+        yield None
+        return
+    url = postgresql.create().render_as_string(hide_password=False)
+    ended = threading.Event()
+    for cluster in cluster_of():
+        study = LastingStudy(tmp_path_factory.mktemp("long"), url, pause=0.2, trials=8)
+        # A loaded machine may start torch several times before an interval fits into a limit.
+        submitted = SlurmStudy(cluster, study, url, "--restarts=50", "--", "--time=1")
+
+        def start_requeued(cluster=cluster):
+            while not ended.wait(1):
+                cluster.start_requeued()
+
+        restarting = threading.Thread(target=start_requeued)
+        restarting.start()
+        try:
+            yield submitted
+        finally:
+            ended.set()
+            restarting.join()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_study_longer_than_three_time_limits_ends_without_a_human(submit):
-    study = submit("--", "--time=1", pause=0.2, trials=8)
-    study.finish(540)
-    assert study.restarts(study.jobs[0]) >= 3
+def test_a_study_longer_than_three_time_limits_ends_without_a_human(long_study):
+    long_study.finish(540)
+    assert long_study.restarts(long_study.jobs[0]) >= 3
