@@ -145,12 +145,15 @@ def check_undisturbed(study, expected, resumed=None):
 
 
 def train_on_without(database, study, folder, ending=signal.SIGKILL):
-    """End the database, and wait until checkpoints are four intervals ahead of it."""
+    """End the database, and wait until checkpoints are ahead of it: by four intervals, or whole."""
     before = {r.training.id: r.intervals_done for r in study.records()}
     database.kill(ending)
-    wait_until(
-        lambda: any(done >= before.get(i, 0) + 4 for i, done in furthest(study, folder).items())
-    )
+
+    def is_ahead(training_id, done):
+        known = before.get(training_id, 0)
+        return done > known and done >= min(known + 4, study.intervals)
+
+    wait_until(lambda: any(is_ahead(*found) for found in furthest(study, folder).items()), 120)
 
 
 def is_training(study):
