@@ -21,7 +21,7 @@ from droptune.recorder import Decision, Recorder
 from droptune.storage import Ending
 from droptune.study import Study
 from droptune.trainers.checkpoint import CheckpointStore
-from droptune.trainers.fused import is_out_of_memory
+from droptune.trainers.memory import is_out_of_memory
 from droptune.trainers.slot import Interrupted, Outcome, Scores, Snapshot, Trainer
 from droptune.training import Measurement, State, Training, TrainingKind
 
@@ -92,8 +92,17 @@ class Group:
     def step(self, *, refill: bool = True) -> bool:
         """Train one interval of every filled slot; False when there was nothing to train.
 
-        Raises Interrupted, with every slot at its last boundary, after `stop`.
+        Raises Interrupted, with every slot at its last boundary, after `stop`, and
+        WorkRemainsError where the device fails: no training shall end or start again for it.
         """
+        try:
+            return self._step(refill)
+        except Exception as error:
+            if device_failed(error):
+                raise self._blame(error) from error
+            raise
+
+    def _step(self, refill: bool) -> bool:
         if self.stopping:
             raise Interrupted
         if refill:
@@ -137,7 +146,7 @@ class Group:
             raise
         except Exception as error:
             if device_failed(error):
-                raise self._blame(error) from error
+                raise
             return self._one_by_one(error)
         self._trained = True
         return outcomes, {}
@@ -162,6 +171,8 @@ class Group:
                     ends = {}
                     raise
                 except Exception as again:
+                    if device_failed(again):
+                        raise
                     failed[index] = again
         finally:
             self._fill_slots(starts | ends)
@@ -237,13 +248,21 @@ class Group:
         self._recorder.add(lambda: self._finish(ended))
 
     def _ended(self, index: int, ending: Ending) -> Ended:
-        """Take what may be exported: a confirmation's weights and scores, a trial's weights."""
+        """Take what may be exported: a confirmation's weights and scores, a trial's weights.
+
+        A confirmation that cannot be scored has failed.
+        """
         kind = ending.training.kind
         if ending.state is not State.COMPLETE:
             return Ended(ending)
-        if kind is TrainingKind.CONFIRMATION:
+        if kind is not TrainingKind.CONFIRMATION:
+            return Ended(ending, self.trainer.weights(index) if kind.is_trial else None)
+        try:
             return Ended(ending, self.trainer.weights(index), self.trainer.score(index))
-        return Ended(ending, self.trainer.weights(index) if kind.is_trial else None)
+        except Exception as error:  # of the program's metrics, say, on the test set
+            if device_failed(error) or isinstance(error, Interrupted):
+                raise
+            return Ended(Ending(ending.training, State.FAIL, reason=reason_of(error)))
 
     def _finish(self, ended: Sequence[Ended]) -> Decision:
         """In the recorder's thread: keep weights and scores, then write the ends."""
@@ -308,6 +327,8 @@ class Group:
                 raise ValueError("it is not whole")
             self.trainer.fill(index, training, snapshot)
         except Exception as error:  # of another version of the program, or of the data
+            if device_failed(error):
+                raise
             what = f"{training.name}: its checkpoint cannot be used ({_one_line(error)})"
             log.warning("%s; it starts again", what)
             return False

@@ -19,7 +19,7 @@ from droptune.trainers.checkpoint import CheckpointStore
 from droptune.trainers.fused import make_trainer
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.slot import Interrupted
-from droptune.training import Measurement, State
+from droptune.training import Measurement, State, TrainingKind
 from droptune.workers.beat import Beat
 from droptune.workers.device import find_device, set_threads
 from droptune.workers.group import Group, blame
@@ -292,6 +292,66 @@ def test_a_checkpoint_that_cannot_be_used_is_a_new_attempt(
     attempts = {r.training.id: r.training.attempt for r in study.records()}
     assert attempts.pop(first.id) == 2
     assert set(attempts.values()) == {1}
+
+
+def fails(error, times=10**6):
+    """A function that raises for some time, and is put before another one."""
+    left = iter(range(times))
+
+    def before(function):
+        def call(*arguments):
+            if next(left, None) is not None:
+                raise error
+            return function(*arguments)
+
+        return call
+
+    return before
+
+
+def test_too_little_memory_to_resume_deletes_nothing(study, make_group, undisturbed):
+    group = make_group()
+    group.step()
+    group.hand_back()
+    late = make_group()
+    late.trainer.fill = fails(torch.OutOfMemoryError("CUDA out of memory"))(late.trainer.fill)
+    with pytest.raises(WorkRemainsError, match="out of memory"):
+        late.step()
+    assert max(len(record.curves.get("val/nll", ())) for record in study.records()) == 1
+    assert {record.training.attempt for record in study.records()} == {1}
+    study.storage.release([r.training for r in study.records() if r.state is State.RUNNING])
+    again = make_group()
+    while again.step():
+        pass
+    check_same(results(study), undisturbed)
+
+
+def test_too_little_memory_slot_by_slot_fails_no_training(study, make_group):
+    group = make_group()
+    train = fails(ValueError("of one training"), times=1)(
+        fails(MemoryError())(group.trainer.train_interval)
+    )
+    group.trainer.train_interval = train
+    with pytest.raises(WorkRemainsError):
+        group.step()
+    assert len(group.holding()) == 2
+    group._recorder.flush()
+    assert {record.state for record in study.records()} <= {State.QUEUED, State.RUNNING}
+
+
+def test_confirmations_that_cannot_be_scored_fail_and_the_study_ends(tmp_path, caplog):
+    storage = Storage.open(f"sqlite:///{tmp_path}/droptune.db", create=True)
+    study = make_study(storage, tmp_path, budget="{trials: 4}")
+    fault = ValueError("only one class in the test set")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("droptune.trainers.solo.score", fails(fault)(None))
+        patch.setattr("droptune.trainers.fused.score", fails(fault)(None))
+        train_here(study, tmp_path)
+    confirmations = [r for r in study.records() if r.training.kind is TrainingKind.CONFIRMATION]
+    assert confirmations
+    assert {record.state for record in confirmations} == {State.FAIL}
+    assert all("only one class in the test set" in record.reason for record in confirmations)
+    assert study.phase() == "done"
 
 
 def test_a_full_disk_is_a_warning(study, tmp_path, make_group, undisturbed, caplog):
