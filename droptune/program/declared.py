@@ -27,6 +27,19 @@ def declared(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(given or {})
 
 
+def branches(searched: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The default values, and each other word that a loss may branch on in the default's place."""
+    default = default_values(searched)
+    others = [
+        {**default, name: value}
+        for name, values in searched.items()
+        if isinstance(values, list)
+        for value in values[1:]
+        if isinstance(value, str | bool)
+    ]
+    return [default, *others]
+
+
 def default_values(searched: Mapping[str, Any]) -> dict[str, Any]:
     """A value for each declared one where no training gives it: its first choice or lowest."""
     return {

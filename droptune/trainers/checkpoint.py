@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from safetensors.torch import load, save
 from torch import Tensor
 
-from droptune.errors import StorageError
+from droptune.errors import StorageError, WorkRemainsError
 from droptune.trainers.slot import Snapshot
 
 log = logging.getLogger("droptune.checkpoint")
@@ -62,7 +62,7 @@ class Directory:
     def get(self, name: str) -> bytes | None:
         try:
             return (self.root / name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def delete(self, name: str) -> None:
@@ -159,8 +159,18 @@ class CheckpointStore:
         return self._put(_snapshot(training_id, attempt), snapshot.tensors, meta)
 
     def load(self, training_id: int, attempt: int) -> Snapshot | None:
-        """The last snapshot of an attempt, or None (also, with a warning, where it is damaged)."""
-        found = self._get(_snapshot(training_id, attempt))
+        """The last snapshot of an attempt, or None (also, with a warning, where it is damaged).
+
+        Raises WorkRemainsError where it cannot be read just now: it may be whole.
+        """
+        name = _snapshot(training_id, attempt)
+        try:
+            found = self._get(name)
+        except OSError as error:
+            raise WorkRemainsError(
+                f"cannot read the checkpoint {name} ({error}); its training goes on when it can be "
+                "read again, or from the beginning when that file is deleted"
+            ) from error
         if found is None:
             return None
         tensors, meta = found
@@ -175,8 +185,12 @@ class CheckpointStore:
         return self._put(_weights(training_id), weights, dict(meta))
 
     def load_weights(self, training_id: int) -> Weights | None:
-        """What `save_weights` kept, or None."""
-        return self._get(_weights(training_id))
+        """What `save_weights` kept, or None (also, with a warning, where it cannot be read)."""
+        try:
+            return self._get(_weights(training_id))
+        except (OSError, StorageError) as error:
+            _warn_unread(_weights(training_id), error)
+            return None
 
     def delete(self, training_id: int, *, weights: bool = True) -> None:
         """Remove the snapshots of a training, and its weights where asked."""
@@ -204,12 +218,19 @@ class CheckpointStore:
         return True
 
     def _get(self, name: str) -> Weights | None:
+        """What is kept under a name, or None (also, with a warning, where it is damaged)."""
+        content = self._blobs.get(name)
         try:
-            content = self._blobs.get(name)
             return None if content is None else from_bytes(content)
+        except MemoryError:
+            raise
         except Exception as error:  # safetensors raises its own type for damaged content
-            log.warning("cannot read %s (%s): going on without it", name, error)
+            _warn_unread(name, error)
             return None
+
+
+def _warn_unread(name: str, error: Exception) -> None:
+    log.warning("cannot read %s (%s): going on without it", name, error)
 
 
 def checkpoint_directory(study: Any, root: Path) -> Path | None:

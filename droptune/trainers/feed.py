@@ -96,6 +96,9 @@ class Feed:
         Batches are shared, [B, ...], where all trainings see the same examples (always where
         the data are streamed), and one per training, [k, B, ...], otherwise (`is_shared`).
         """
+        if isinstance(self.data, InMemory) and len({d % self.updates for d in done}) > 1:
+            yield from self._apart(self.data, seeds, done, count)
+            return
         for offset, bounds in self._by_pass(done[0], count):
             passes = [d // self.updates + offset for d in done]
             if isinstance(self.data, Streamed):
@@ -104,6 +107,24 @@ class Feed:
                 order = self._order(seeds, passes, self.is_shared(seeds, done))
                 for start, stop in bounds:
                     yield self._gather(self.data, order[..., start:stop])
+
+    def _apart(
+        self, data: InMemory, seeds: Sequence[int], done: Sequence[int], count: int
+    ) -> Iterator[Update]:
+        """Updates of trainings at different places in their passes, where all batches are alike."""
+        known: dict[tuple[int, int], Tensor] = {}
+        for step in range(count):
+            places = [
+                (seed, *divmod(d + step, self.updates)) for seed, d in zip(seeds, done, strict=True)
+            ]
+            known = {
+                (seed, number): known[seed, number]
+                if (seed, number) in known
+                else epoch_order(data.n, seed, number)
+                for seed, number, _ in places
+            }
+            parts = [known[s, number][slice(*self._bounds[place])] for s, number, place in places]
+            yield self._gather(data, torch.stack(parts).to(self._device))
 
     def is_shared(self, seeds: Sequence[int], done: Sequence[int]) -> bool:
         """Whether all these trainings see the same examples."""

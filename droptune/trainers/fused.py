@@ -21,11 +21,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from droptune.program.program import default_values
+from droptune.program.declared import branches
 from droptune.spec.spec import StudySpec
 from droptune.trainers.batched import BatchedModel
 from droptune.trainers.evaluation import measure_stack, measured_values, predictions
 from droptune.trainers.interval import Chunk, Interval, words_of
+from droptune.trainers.memory import is_out_of_memory
 from droptune.trainers.monte_carlo import dropout_on, measure_passes
 from droptune.trainers.optimizer_state import build
 from droptune.trainers.recipe import Recipe, tensors_of, to_host
@@ -109,13 +110,17 @@ class Fused(Trainer):
                 results = [self._run(chunk) for chunk in self._chunks(cohorts)]
                 break
             except BaseException as error:
-                self._stack.put_back(kept[0])
-                self._optimizer.put_back(kept[1])
                 remedy = self._remedy(error)
                 if remedy is None:
+                    self._put_back(*kept)
                     raise
-            remedy()  # outside of the except block, whose traceback keeps tensors alive
+            self._put_back(*kept)  # outside of the except block: its traceback keeps tensors alive
+            remedy()
         return {i: o for result in results for i, o in self._settle(result).items()}
+
+    def _put_back(self, stack: Any, optimizer: Any) -> None:
+        self._stack.put_back(stack)
+        self._optimizer.put_back(optimizer)
 
     def _remedy(self, error: BaseException) -> Callable[[], None] | None:
         """How the same interval can be trained after all; None where it cannot."""
@@ -237,16 +242,6 @@ class Fused(Trainer):
         return score(self.recipe, self.weights(index), self._slots[index])
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or the host, had too little memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text
-    )
-
-
 # -- fused or solo --------------------------------------------------------------------------------
 
 _TRIED_EXAMPLES = 4
@@ -264,10 +259,16 @@ def fusible(recipe: Recipe) -> Fusibility:
     """Try it: an update and an evaluation of two slots on a few examples, fused and solo.
 
     Nothing is decided by name. Both must give the same losses, metrics and weights, in float64,
-    or in the recipe's precision where the model insists on it.
+    or in the recipe's precision where the model insists on it, and for each word that the loss
+    may branch on.
     """
+    tried = [_fusible(recipe, values) for values in branches(recipe.program.searched)]
+    return next((each for each in tried if not each.ok), tried[0])
+
+
+def _fusible(recipe: Recipe, values: Mapping[str, Any]) -> Fusibility:
     exact = replace(recipe, precision="float64").tiny(_TRIED_EXAMPLES)
-    trainings = _two_trainings(recipe)
+    trainings = _two_trainings(recipe, values)
     try:
         alone, tolerance = _train_solo(exact, trainings), 1e-6
     except Exception:  # the model has a type of its own; what else is wrong shows below
@@ -285,8 +286,7 @@ def fusible(recipe: Recipe) -> Fusibility:
     return Fusibility(True, f"tried: each trains as it would alone{condition}")
 
 
-def _two_trainings(recipe: Recipe) -> list[Training]:
-    values = default_values(recipe.program.searched)
+def _two_trainings(recipe: Recipe, values: Mapping[str, Any]) -> list[Training]:
     return [
         Training(
             id=k,
@@ -295,7 +295,9 @@ def _two_trainings(recipe: Recipe) -> list[Training]:
             number=None,
             label="trial of the trainer",
             assignment=Assignment(
-                {site.path: 0.2 + 0.2 * k for site in recipe.sites}, recipe.program.lr, values
+                {site.path: 0.2 + 0.2 * k for site in recipe.sites},
+                recipe.program.lr,
+                dict(values),
             ),
             seeds=Seeds(weights=k, data=k, split=0),
             seed_index=None,

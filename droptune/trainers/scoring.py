@@ -28,7 +28,8 @@ def score(recipe: Recipe, weights: Mapping[str, Tensor], slot: Slot) -> Scores:
     predicted, targets = predictions(predictor(recipe, model.eval(), installed), data, recipe)
     metrics = measure(recipe.program, predicted, targets)
     if recipe.mc_passes:
-        then = replace(slot, interval=(slot.best_interval or slot.interval) - 1)
+        kept = slot.best_interval if recipe.keeps_best else None
+        then = replace(slot, interval=(kept or slot.interval) - 1)
         with dropout_on(model, recipe.sites):
             draw = draw_alone(recipe, model, installed)
             metrics |= measure_passes(recipe, [then], data, draw)[0]

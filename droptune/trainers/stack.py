@@ -126,4 +126,4 @@ class Stack:
 
     def put_back(self, kept: Mapping[str, Tensor]) -> None:
         for name, tensor in self._all().items():
-            tensor[: len(kept[name])] = kept[name].to(tensor.device)
+            tensor[: len(kept[name])].copy_(kept[name])  # takes no memory of the device

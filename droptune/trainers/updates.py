@@ -207,7 +207,7 @@ class VectorOptimizer(StackOptimizer):
 
     def put_back(self, kept: Any) -> None:
         for name, tensor in kept.items():
-            self.state[name][: len(tensor)] = tensor.to(self._stack.device)
+            self.state[name][: len(tensor)].copy_(tensor)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from droptune.program.program import default_values
+from droptune.trainers.memory import free_memory, is_out_of_memory, used_memory
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.slot import Trainer
 from droptune.training import Assignment, Seeds, Training, TrainingKind
@@ -23,8 +22,6 @@ UPDATES = 4  # in a measured interval
 REPEATS = 3
 SECONDS = 20.0  # after which no further width is tried
 GAIN = 0.95  # a wider group must take less than this share of the time of the best so far
-SHARE_OF_HOST = 0.25  # of the memory that is free may be used
-SHARE_OF_DEVICE = 0.85
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,9 @@ class _Measured:
     def add(self, width: int) -> None:
         try:
             self.tried.append(_measure(self._recipe, self._make, width))
-        except (torch.OutOfMemoryError, MemoryError):
+        except Exception as error:
+            if not (self.tried and is_out_of_memory(error)):
+                raise  # not even one training fits, or something else is wrong
             self._too_wide, self.ended = width, f"width {width} ran out of memory"
         gc.collect()
         if self._recipe.device.type == "cuda":
@@ -148,12 +147,12 @@ class _Measured:
 
 
 def _measure(recipe: Recipe, make: Callable[[Recipe, int], Trainer], width: int) -> Tried:
-    before = _used(recipe.device, reset=True)
+    before = used_memory(recipe.device, reset=True)
     trainer = make(recipe, width)
     for index, training in enumerate(_trainings(recipe, width)):
         trainer.fill(index, training)
     seconds = [_timed(trainer) for _ in range(1 + REPEATS)]
-    memory = max(_used(recipe.device) - before, 1)
+    memory = max(used_memory(recipe.device) - before, 1)
     return Tried(width, min(seconds[1:]) / width / UPDATES, memory)
 
 
@@ -186,33 +185,3 @@ def _trainings(recipe: Recipe, width: int) -> Sequence[Training]:
         )
         for number in range(width)
     ]
-
-
-# -- memory ---------------------------------------------------------------------------------------
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a group may use on this device: a share of what is free."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * SHARE_OF_DEVICE)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        kilobytes = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
-        return int(kilobytes * 1024 * SHARE_OF_HOST)
-    except (OSError, StopIteration):
-        return 4 * 2**30
-
-
-def _used(device: torch.device, *, reset: bool = False) -> int:
-    """Bytes in use: the device's peak since `reset`, or the process's resident memory."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-            return torch.cuda.memory_allocated(device)
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -17,7 +17,8 @@ from droptune.program.program import Program, adapt, classification
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.trainers.checkpoint import CheckpointStore
-from droptune.trainers.fused import Fused, fusible, is_out_of_memory
+from droptune.trainers.fused import Fused, fusible
+from droptune.trainers.memory import is_out_of_memory
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.slot import Interrupted, Outcome, Snapshot, Trainer
 from droptune.trainers.solo import Solo
@@ -399,6 +400,46 @@ def test_intervals_of_some_updates_go_over_the_ends_of_passes():
     fused.train_interval()
     assert_same(fused.snapshot(0), alone(recipe, first, 2)[0])
     assert_same(fused.snapshot(1), alone(recipe, second, 1)[0])
+
+
+def test_refills_inside_a_pass_of_equal_batches_see_their_own_examples():
+    recipe = make_recipe(_classify(Cnn, _noise(24, 1, 8, 8), 24, lr=1e-3), interval_updates=2)
+    first, second = training(recipe, 0), training(recipe, 1)
+    fused = Fused(recipe, 2)
+    fused.fill(0, first)
+    fused.train_interval()  # two of the pass's three updates are behind it
+    fused.fill(1, second)
+    for _ in range(2):
+        fused.train_interval()
+    assert_same(fused.snapshot(0), alone(recipe, first, 3)[0])
+    assert_same(fused.snapshot(1), alone(recipe, second, 2)[0])
+
+
+class _Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.extra, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x, depth="plain"):
+        h = self.drop(self.hidden(x).relu())
+        return self.out(self.extra(h).relu() if depth == "deep" else h)
+
+
+def test_weights_that_only_another_choice_trains_are_noticed():
+    class Long:
+        task, batch_size, epochs, lr = "classification", 8, 2, 1e-2
+        searched = {"depth": ["plain", "deep"]}  # noqa: RUF012
+        model = _Branching
+
+        def data(self):
+            return {"train": (_noise(16, 6), _labels(16)), "validation": (_noise(8, 6), _labels(8))}
+
+        def loss(self, model, batch, values):
+            inputs, targets = batch
+            return functional.cross_entropy(model(inputs, values["depth"]), targets)
+
+    assert not fusible(make_recipe(adapt(Long()))).ok
 
 
 def test_trainings_that_share_data_share_batches():

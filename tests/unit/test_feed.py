@@ -59,6 +59,15 @@ def test_trainings_at_other_places_have_batches_of_their_own():
     assert made.is_shared([7, 7], [2, 2])
 
 
+def test_trainings_inside_different_passes_see_what_each_would_alone():
+    made = feed(20, 2)
+    seeds, done = [7, 8, 7], [4, 0, 27]
+    together = list(made.interval(seeds, done, 13))
+    for k in range(3):
+        alone = seen(made.interval([seeds[k]], [done[k]], 13))
+        assert [update.batches[0][0][k].tolist() for update in together] == alone
+
+
 def test_micro_batches_are_shares_of_a_batch():
     updates = list(feed(11, 4, accumulate=2).interval([7], [0], 3))
     assert [[len(b[0]) for b in u.batches] for u in updates] == [[2, 2], [2, 2], [2, 1]]

@@ -16,6 +16,7 @@ from droptune.spec.objective import Objective
 from droptune.spec.spec import StudySpec
 from droptune.trainers import width
 from droptune.trainers.fused import Fused, make_trainer, trainer_of, widest
+from droptune.trainers.memory import free_memory
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.solo import Solo
 from droptune.trainers.width import WidthChoice, choose_width
@@ -114,6 +115,23 @@ def test_a_width_that_runs_out_of_memory_is_not_taken(recipe):
     assert "ran out of memory" in choice.ended
 
 
+def test_too_little_memory_for_one_training_is_said_as_such(recipe):
+    def make(recipe, wide):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_width(recipe, make)
+
+
+def test_the_hosts_memory_errors_end_the_search_too(recipe):
+    def make(recipe, wide):
+        if wide >= 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return trainer_of(recipe, wide)
+
+    assert choose_width(recipe, make).width < 4
+
+
 class Examples(Dataset):
     def __len__(self):
         return 5  # fewer than a measurement asks for
@@ -129,7 +147,7 @@ def test_a_width_is_measured_on_streamed_data_in_small_batches():
 
 
 def test_the_device_here_has_memory():
-    assert width.free_memory(torch.device("cpu")) > 2**20
+    assert free_memory(torch.device("cpu")) > 2**20
 
 
 def test_a_choice_survives_json(measured):
