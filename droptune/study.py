@@ -92,6 +92,8 @@ class Study:
             self.storage.update_study(
                 self.row.id, spec=spec.to_json(), budget=budget, phase=reopened
             )
+            if spec.confirm.enabled and not self.spec.confirm.enabled:
+                self.storage.update_study(self.row.id, phase="confirming", if_phase="done")
         return Study.open(self.storage, spec.name)
 
     def drift(self, fingerprint: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,6 @@ def run_here(
     device: str = "auto",
     workers: int | None = None,
     width: str = "auto",
-    confirm: bool = True,
 ) -> None:
     """Train until the study is done, then mirror the rest and print the answer.
 
@@ -37,8 +35,6 @@ def run_here(
     from droptune import answer
 
     tracking = _tracking(study)  # an address that cannot be used is refused before training
-    if study.spec.confirm.enabled != confirm:
-        study.reconfigure(confirm=replace(study.spec.confirm, enabled=confirm))
     if study.phase() == "stopped":
         print(f"study {study.name!r} was stopped; going on")
         study.storage.update_study(study.row.id, status="active")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,11 +87,15 @@ def _worker(name: str, storage: str | None, *options: str) -> str:
     return command("worker", "start", name, "--until-done", *options, storage=storage)
 
 
-def _create(file: Path, name: str | None, url: str | None) -> tuple[Study, Prepared, bool]:
+def _create(
+    file: Path, name: str | None, url: str | None, *, confirm: bool | None = None
+) -> tuple[Study, Prepared, bool]:
     from droptune.preparation import prepare
     from droptune.study import Study
 
     spec, root = _load(file, name)
+    if confirm is not None:
+        spec = replace(spec, confirm=replace(spec.confirm, enabled=confirm))
     prepared = prepare(spec, root)
     study, created = Study.create(open_storage(url, create=True), prepared)
     return study, prepared, created
@@ -144,24 +148,20 @@ def run(
         str, typer.Option("--width", metavar="auto|K", help="Trainings fused on each device.")
     ] = "auto",
     confirm: Annotated[
-        bool, typer.Option("--confirm/--no-confirm", help="Confirm the winner on fresh seeds.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--confirm/--no-confirm",
+            help="Confirm the winner on fresh seeds; default: what the file says.",
+        ),
+    ] = None,
     storage: StorageOption = None,
 ) -> None:
     """Create or continue the study, train it here, confirm, and report."""
     from droptune.cli.running import run_here
 
-    study, prepared, created = _create(file, name, storage)
+    study, prepared, created = _create(file, name, storage, confirm=confirm)
     introduce(study, prepared, created)
-    run_here(
-        study,
-        prepared.root,
-        storage=storage,
-        device=device,
-        workers=workers,
-        width=width,
-        confirm=confirm,
-    )
+    run_here(study, prepared.root, storage=storage, device=device, workers=workers, width=width)
 
 
 @app.command("list")

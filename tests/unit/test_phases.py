@@ -204,3 +204,29 @@ def test_folds_are_trained_side_by_side(storage, tmp_path):
     assert len({r.training.seeds.split for r in records}) == 2
     assert all(r.state is State.COMPLETE for r in records)
     assert study.verdict()["confirmed"]
+
+
+@pytest.mark.parametrize(("flag", "enabled"), [(None, False), (False, False), (True, True)])
+def test_the_file_says_whether_to_confirm_unless_the_flag_does(
+    storage, tmp_path, monkeypatch, flag, enabled
+):
+    from droptune.cli import running
+    from droptune.cli.study import run
+
+    study = make(storage, tmp_path, 12, confirm="{enabled: false}")
+    monkeypatch.setattr(running, "run_here", lambda *given, **more: None)
+    file, url = tmp_path / "study.yaml", f"sqlite:///{tmp_path}/study.db"
+    run(file, None, device="auto", workers=None, width="auto", confirm=flag, storage=url)
+    assert Study.open(storage, study.name).spec.confirm.enabled is enabled
+
+
+def test_a_study_that_ended_unconfirmed_is_confirmed_when_that_is_switched_on(storage, tmp_path):
+    player = Player(storage)
+    study = make(storage, tmp_path, 12, confirm="{enabled: false}")
+    player.play(study)
+    assert not study.verdict()["confirmed"]
+    study = make(storage, tmp_path, 12)
+    assert study.phase() == "confirming"
+    player.play(study)
+    assert study.verdict()["confirmed"]
+    assert make(storage, tmp_path, 12, confirm="{enabled: false}").phase() == "done"
