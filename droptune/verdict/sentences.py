@@ -154,12 +154,14 @@ def provisional_headline(evidence: Evidence, winner: Member | None, none: Member
     )
 
 
-def recommendation_reason(evidence: Evidence, choice: str, outcome: str) -> str:
-    """Why these rates."""
+def recommendation_reason(choice: str, outcome: str, *, beaten: bool) -> str:
+    """Why these rates; `beaten`: the author's rates beat the winner."""
     if choice == "author":
         return (
             "the author's rates beat the dropout that was found; they are not tested against none"
         )
+    if choice == "none" and beaten:
+        return "no dropout leads the dropout that was found, by more than the author's rates do"
     if choice == "none":
         return (
             "no dropout is better"

@@ -230,22 +230,30 @@ def _recommend(
 ) -> Recommendation | None:
     """The winner where it is better, or leads by more than one standard error; else no dropout.
 
-    The author's rates where those beat the winner. The simpler of two that cannot be told apart
-    is the rule of one standard error (Breiman et al. 1984).
+    The author's rates where those beat the winner, and lead it by more than no dropout does. The
+    simpler of two that cannot be told apart is the rule of one standard error (Breiman et al.
+    1984).
     """
     if winner is None:
         return None
     members = {member.label: member for member in planned.compared}
     found = {one.against: one for one in compared}
     author = found.get("author")
-    if author is not None and author.outcome == "worse":
+    beaten = author is not None and author.outcome == "worse"
+    if author is not None and beaten and _leads_most(author, found):
         choice, member = "author", members["author"]
     elif outcome in ("better", "none") or (outcome == "undetected" and _leads(found)):
         choice, member = "winner", winner
     else:
         choice, member = "none", _better_none(found, members)
-    reason = recommendation_reason(evidence, choice, outcome)
+    reason = recommendation_reason(choice, outcome, beaten=beaten)
     return Recommendation(choice, member.assignment, member.trial, reason)
+
+
+def _leads_most(author: Comparison, found: Mapping[str, Comparison]) -> bool:
+    """Whether the author's rates lead the winner by more than every no dropout does."""
+    rivals = [found[label].difference for label in ("none", AT_WINNERS_LR) if label in found]
+    return all(author.difference.mean < rival.mean for rival in rivals)
 
 
 def _leads(found: Mapping[str, Comparison]) -> bool:

@@ -10,7 +10,7 @@ from simulated import World, confirm, fashion, make_record, make_spec, pruned, s
 
 from droptune.spec.spec import Confirm
 from droptune.training import NewTraining, Seeds, State, TrainingKind
-from droptune.verdict.comparison import ablations, after_scaling, example_scores
+from droptune.verdict.comparison import ablations, after_scaling, compare, example_scores
 from droptune.verdict.confirmation import (
     AT_WINNERS_LR,
     CHOICE,
@@ -22,7 +22,8 @@ from droptune.verdict.confirmation import (
 )
 from droptune.verdict.evidence import key
 from droptune.verdict.findings import edge
-from droptune.verdict.verdict import judge
+from droptune.verdict.statistics import paired
+from droptune.verdict.verdict import _recommend, judge
 
 
 def lr_part(lr):
@@ -291,6 +292,25 @@ def test_dropout_that_hurts():
     assert verdict.sentence.startswith("Dropout hurts")
     assert verdict.recommended.choice == "none"
     assert set(verdict.recommended.assignment.rates.values()) == {0.0}
+
+
+@pytest.mark.parametrize(("author", "choice"), [(-0.3, "none"), (-0.7, "author")])
+def test_the_authors_rates_are_recommended_only_ahead_of_no_dropout(confirmed, author, choice):
+    def behind(one, mean):
+        rows = mean + np.array([-0.01, 0.0, 0.01])
+        return replace(one, difference=paired(rows))
+
+    planned = plan(confirmed)
+    means = {"none": -0.5, "author": author}
+    compared = [
+        behind(one, means[one.against])
+        for one in compare(confirmed, planned)
+        if one.against in means
+    ]
+    assert {one.outcome for one in compared} == {"worse"}
+    found = _recommend(confirmed, planned, compared, planned.winner, "worse")
+    assert found.choice == choice
+    assert ("by more than the author's rates" in found.reason) == (choice == "none")
 
 
 def test_a_gain_of_the_learning_rate_is_not_called_dropouts():
