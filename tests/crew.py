@@ -27,6 +27,11 @@ processes.set_forkserver_preload(
         "droptune.search.sampling",
         "droptune.verdict.verdict",
         "torch._dynamo",
+        "sqlalchemy.dialects.postgresql.psycopg",
+        "psycopg",
+        "pymysql",
+        "optuna.storages",
+        "alembic.command",
     ]
 )
 

@@ -21,7 +21,9 @@ from droptune.errors import StorageError
 from droptune.storage import Storage, schema, trials
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["optuna", "droptune.storage"])
+processes.set_forkserver_preload(
+    ["droptune.storage", "optuna.storages", "alembic.command", "psycopg", "pymysql"]
+)
 
 
 def engine_of(url):
