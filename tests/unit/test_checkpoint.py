@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from droptune.errors import WorkRemainsError
 from droptune.trainers.checkpoint import CheckpointStore, Directory, SqlBlobs, from_bytes, to_bytes
 from droptune.trainers.slot import Snapshot
 
@@ -129,6 +131,23 @@ def test_a_damaged_snapshot_is_a_warning(tmp_path, damage, caplog):
     with caplog.at_level(logging.WARNING):
         assert store.load(5, 1) is None
     assert "going on without it" in caplog.text
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_a_snapshot_that_cannot_be_read_just_now_is_not_given_up(tmp_path, monkeypatch, code):
+    store = CheckpointStore.at(tmp_path)
+    kept = snapshot()
+    store.save(5, 1, kept)
+
+    def unread(path):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "read_bytes", unread)
+    with pytest.raises(WorkRemainsError, match=r"attempt-1.*goes on when it can be read"):
+        store.load(5, 1)
+    assert store.load_weights(5) is None
+    monkeypatch.undo()
+    assert_equal(store.load(5, 1), kept)
 
 
 def test_the_content_is_safetensors_with_json(tmp_path):
