@@ -41,8 +41,9 @@ class Held:
 
     @property
     def curves(self) -> dict[str, tuple[float, ...]]:
-        keys = self.measurements[0].values if self.measurements else {}
-        return {key: tuple(m.values[key] for m in self.measurements) for key in keys}
+        """By key; NaN where a program's metrics left one out."""
+        keys = dict.fromkeys(key for m in self.measurements for key in m.values)
+        return {key: tuple(m.values.get(key, math.nan) for m in self.measurements) for key in keys}
 
     @property
     def at_end(self) -> bool:

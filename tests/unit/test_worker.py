@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -352,6 +353,17 @@ def test_confirmations_that_cannot_be_scored_fail_and_the_study_ends(tmp_path, c
     assert {record.state for record in confirmations} == {State.FAIL}
     assert all("only one class in the test set" in record.reason for record in confirmations)
     assert study.phase() == "done"
+
+
+def test_metrics_that_come_and_go_are_nan_where_they_are_missing(study, make_group):
+    group = make_group()
+    group.step()
+    held = group.held[0]
+    first = held.measurements[0]
+    held.measurements[0] = Measurement(1, {**first.values, "val/early": 1.0})
+    held.measurements.append(Measurement(2, {**first.values, "val/late": 2.0}))
+    assert held.curves["val/early"] == pytest.approx((1.0, math.nan), nan_ok=True)
+    assert held.curves["val/late"] == pytest.approx((math.nan, 2.0), nan_ok=True)
 
 
 def test_a_full_disk_is_a_warning(study, tmp_path, make_group, undisturbed, caplog):
