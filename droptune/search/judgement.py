@@ -65,32 +65,35 @@ class Pruner(Protocol):
 
 @dataclass(frozen=True)
 class NoPruning:
-    """Prunes nothing; what diverges still fails."""
+    """Prunes nothing; what diverges still fails. `keys` are the objectives'."""
 
+    keys: tuple[str, ...]
     note: str = ""
 
     def judge(self, records: Sequence[Record], ids: set[int]) -> Judgement:
-        return Judgement(failed=failures(records, ids))
+        return Judgement(failed=failures(records, ids, self.keys))
 
 
 def completed_trials(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if r.state is State.COMPLETE and r.training.kind.is_trial]
 
 
-def failures(records: Sequence[Record], ids: set[int]) -> dict[int, str]:
-    """Which of the trainings have failed by what they measured, and why."""
+def failures(records: Sequence[Record], ids: set[int], keys: Sequence[str]) -> dict[int, str]:
+    """Which of the trainings have failed by what they measured, and why (see `divergence`)."""
     judged = (record for record in records if record.training.id in ids)
-    return {r.training.id: why for r in judged if (why := divergence(r)) is not None}
+    return {r.training.id: why for r in judged if (why := divergence(r, keys)) is not None}
 
 
-def divergence(record: Record, chance: float | None = None) -> str | None:
+def divergence(record: Record, keys: Sequence[str], chance: float | None = None) -> str | None:
     """Why this training has failed, or None.
 
-    It has where a measurement is not finite, or the training loss is ten times as high as
-    `chance` (by default: as after its first interval). A high validation loss is no failure:
-    that of an overfitting model may rise far above chance.
+    It has where an objective (`keys`) or the training loss is not finite, or that loss is ten
+    times as high as `chance` (by default: as after its first interval). A high validation loss is
+    no failure: that of an overfitting model may rise far above chance. Nor is another metric that
+    is not finite: it may be undefined early.
     """
-    for key, curve in sorted(record.curves.items()):
+    for key in ("train/loss", *keys):
+        curve = record.curves.get(key, ())
         if curve and not math.isfinite(curve[-1]):
             return f"{key} is {curve[-1]} at interval {len(curve)}"
     losses = record.curves.get("train/loss", ())

@@ -87,7 +87,7 @@ class OptunaPruning:
         )
 
     def judge(self, records: Sequence[Record], ids: set[int]) -> Judgement:
-        failed = failures(records, ids)
+        failed = failures(records, ids, (self._key,))
         trials = [r for r in records if r.training.kind.is_trial]
         trials.sort(key=lambda r: (not r.state.finished, r.training.number or 0))
         told = {r.training.id for r in trials if self._follow(r) and r.training.id in ids}

@@ -183,7 +183,7 @@ class FairPruning:
         )
 
     def judge(self, records: Sequence[Record], ids: set[int]) -> Judgement:
-        failed = failures(records, ids)
+        failed = failures(records, ids, [objective.key for objective in self.objectives])
         asked = [r for r in records if r.training.id in ids - set(failed) and self._is_due(r)]
         if not asked:
             return Judgement(failed=failed)
@@ -226,7 +226,7 @@ def make_pruner(spec: StudySpec, intervals: int) -> Pruner:
     """
     name, options = spec.pruner.name, spec.pruner.options
     if name == "none":
-        return NoPruning()
+        return NoPruning(tuple(objective.key for objective in spec.objectives))
     if name == "fair":
         return FairPruning(tuple(spec.objectives), intervals, spec.seed, Rules.of(options))
     if name not in OPTUNA:

@@ -357,15 +357,16 @@ def test_early_ranks_are_measured():
         ({"val/nll": (math.inf,)}, "val/nll is inf"),
         ({"train/loss": (2.0, 25.0)}, "diverged"),
         ({"train/loss": (2.3, 0.1), "val/nll": (2.3, 40.0)}, None),
+        ({"train/loss": (2.3, 2.0), "val/nll": (2.3, 2.1), "val/auc": (0.5, math.nan)}, None),
     ],
 )
 def test_divergence_is_told_and_overfitting_is_not(curves, told):
     made = replace(record(0, 0.1, 1e-3, [1.0]), curves=curves)
-    for pruner in (NoPruning(), FairPruning((NLL,), INTERVALS)):
+    for pruner in (NoPruning((NLL.key,)), FairPruning((NLL,), INTERVALS)):
         failed = pruner.judge([made], {100}).failed
         assert (told or "") in failed.get(100, "")
         assert (100 in failed) == (told is not None)
-    assert divergence(replace(made, curves={"train/loss": (30.0,)}), chance=2.3)
+    assert divergence(replace(made, curves={"train/loss": (30.0,)}), (), chance=2.3)
 
 
 # -- by name ----------------------------------------------------------------------------------
