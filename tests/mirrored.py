@@ -221,10 +221,14 @@ def free_port() -> int:
 
 @contextmanager
 def serving(
-    folder: Path, *, port: int | None = None, options: Sequence[str] = ()
+    folder: Path,
+    *,
+    database: str | None = None,
+    port: int | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[Server]:
-    """An MLflow server on a new database in the folder; it is gone afterwards."""
-    tracking = Tracking.resolve(f"sqlite:///{folder / 'mlflow.db'}", "")
+    """An MLflow server on a database, else a new one in the folder; it is gone afterwards."""
+    tracking = Tracking.resolve(database or f"sqlite:///{folder / 'mlflow.db'}", "")
     server = Server(tracking, port=port or free_port())
     with (folder / "mlflow.log").open("a") as log:
         process = server.start(*options, log=log.fileno())

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from droptune import progress
 from droptune.mirror import runs
 from droptune.spec.objective import Objective
 from droptune.training import Assignment, Record, TrainingKind
@@ -76,11 +77,6 @@ def trials(records: Sequence[Record]) -> list[Record]:
 
 
 def baselines(records: Sequence[Record], objective: Objective) -> dict[str, Record]:
-    """Each baseline's best complete trial, by label."""
-    kept = [r for r in records if r.training.kind is TrainingKind.BASELINE]
-    labels = dict.fromkeys(record.training.label for record in kept)
-    found = {
-        label: runs.best_of([r for r in kept if r.training.label == label], objective)
-        for label in labels
-    }
+    """Each baseline's best complete trial, by label; one without is left out."""
+    found = progress.baselines(records, str(objective.direction))
     return {label: record for label, record in found.items() if record is not None}

@@ -13,6 +13,7 @@ from typing import Any
 
 from droptune.mirror import runs
 from droptune.mirror.answer import Answer
+from droptune.mirror.explorer import page
 from droptune.mirror.lease import Lease
 from droptune.mirror.note import files, note, settings, summary
 from droptune.mirror.study import MirroredStudy
@@ -203,7 +204,8 @@ class Parent:
         self._write_summary(records)
         self._write_views(records, answer)
         self._write_status()
-        self._write_artifacts({**files(self._study, records), **artifacts})
+        explorer = {"explore.html": page(self._study, records, answer).encode()}
+        self._write_artifacts({**files(self._study, records), **explorer, **artifacts})
 
     def _write_settings(self) -> None:
         """Params and the data set: once, they cannot change."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from droptune import progress
 from droptune.spec.objective import Objective
 from droptune.training import Assignment, Record, State, Training, TrainingKind
 
@@ -32,7 +33,10 @@ CONFIRMATION_COLOUR = "#7a5195"  # purple
 
 @dataclass(frozen=True)
 class Reference:
-    """The best baseline's objective, and when (milliseconds) the last baseline had ended."""
+    """The best baseline's objective, and since when (milliseconds) it has been known.
+
+    That is when the last queued baseline had ended, or a better trial with a baseline's rates.
+    """
 
     value: float
     time: int
@@ -183,11 +187,12 @@ def _objective_points(
 
 def reference_of(records: Sequence[Record], objective: Objective) -> Reference | None:
     """What `gain` is measured against; None while a baseline has not finished."""
-    baselines = [r for r in records if r.training.kind is TrainingKind.BASELINE]
-    best = best_of(baselines, objective)
-    if best is None or best.value is None or not all(r.state.finished for r in baselines):
+    queued = [r for r in records if r.training.kind is TrainingKind.BASELINE]
+    known = progress.baselines(records, str(objective.direction)).values()
+    best = best_of([record for record in known if record is not None], objective)
+    if best is None or best.value is None or not all(r.state.finished for r in queued):
         return None
-    ended = [milliseconds(r.ended) for r in baselines if r.ended is not None]
+    ended = [milliseconds(r.ended) for r in (*queued, best) if r.ended is not None]
     return Reference(best.value, max(ended, default=0))
 
 
@@ -214,13 +219,7 @@ def _best_points(record: Record, time: int) -> Iterator[Point]:
 
 def best_of(records: Iterable[Record], objective: Objective) -> Record | None:
     """The complete training with the best objective (NaN never wins); the first of equals."""
-    best: Record | None = None
-    for record in records:
-        if record.state is not State.COMPLETE or record.value is None or math.isnan(record.value):
-            continue
-        if best is None or better_by(objective, record.value, best.value or 0.0) > 0:
-            best = record
-    return best
+    return progress.best(list(records), str(objective.direction))
 
 
 def milliseconds(moment: datetime) -> int:

@@ -220,11 +220,11 @@ class Mirror:
         return SyncResult(holder=True, reason=str(error), refused=refused)
 
     def _tell(self, reason: str | None) -> None:
-        """Leave the reason in SQL, where `study show` finds it."""
-        if self._told != reason:
+        """Leave the reason in SQL, where `study show` finds it; what another one has is its own."""
+        if self._told != reason and self._lease.held:
             state = self._storage.mirror_state(self._row.id)
             self._storage.put_mirror_state(self._row.id, {**state, "reason": reason})
-        self._told = reason
+            self._told = reason
 
 
 def models_to_register(

@@ -25,6 +25,7 @@ log = logging.getLogger("droptune.mirror")
 PERIOD = 3.0  # seconds between rounds
 REFUSED = 300.0  # seconds before a server that said no is asked again
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
+_VAIN = 10.0  # seconds of rounds that fail, after which a drain leaves the rest to a later syncer
 
 
 @dataclass
@@ -70,16 +71,19 @@ class Syncer:
     def drain(self, seconds: float) -> bool:
         """A last round for every study, what is left of the first ones within the time.
 
-        Returns whether MLflow has everything now (as far as it is ours to write).
+        Where MLflow is away it ends early. Returns whether MLflow has everything now (as far as
+        it is ours to write).
         """
         end = time.monotonic() + seconds
         self._find_studies()
-        left = set(self._schedules)
-        while left and time.monotonic() < end:
+        left, worked = set(self._schedules), time.monotonic()
+        while left and time.monotonic() < min(end, worked + _VAIN):
             for name in sorted(left):
                 result = self._round(name, refresh=True)
                 if result is None or not result.holder or (result.complete and not result.doubtful):
                     left.discard(name)
+                if result is None or result.reason is None:
+                    worked = time.monotonic()
             if left:
                 time.sleep(min(self._period, max(0.0, end - time.monotonic())))
         for schedule in self._schedules.values():
@@ -144,17 +148,24 @@ class Companion:
     """A process that mirrors while a worker trains: `with Companion(…):` around the work.
 
     It holds one end of a pipe; when the worker closes the other (or dies), it writes what is
-    left and ends. Addresses go by the environment: they may hold passwords.
+    left and ends. Addresses go by the environment: they may hold passwords. `hurried` says that
+    nobody is to wait for it any longer.
     """
 
     def __init__(
-        self, names: Sequence[str], *, storage_url: str, tracking_uri: str | None = None
+        self,
+        names: Sequence[str],
+        *,
+        storage_url: str,
+        tracking_uri: str | None = None,
+        hurried: Callable[[], bool] = lambda: False,
     ) -> None:
         self._command = [sys.executable, "-m", "droptune", "mirror", "sync", *names]
         self._command += ["--follow", "--until-input-closes"]
         self._environment = {"DROPTUNE_STORAGE": storage_url}
         if tracking_uri is not None:
             self._environment["MLFLOW_TRACKING_URI"] = tracking_uri
+        self._hurried = hurried
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Companion:
@@ -187,7 +198,7 @@ class Companion:
             return True
         assert process.stdin is not None
         process.stdin.close()
-        try:
-            return process.wait(wait) == 0
-        except subprocess.TimeoutExpired:
-            return False  # it goes on by itself, for a bounded time
+        end = time.monotonic() + wait
+        while process.poll() is None and time.monotonic() < end and not self._hurried():
+            time.sleep(0.1)
+        return process.poll() == 0  # otherwise it goes on by itself, for a bounded time

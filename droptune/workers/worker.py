@@ -111,7 +111,12 @@ class Worker:
         if study.spec.mlflow.mirror == "worker" and not self._mirrors:
             self._mirrors = True
             storage, tracking = self.options.storage, self.options.tracking
-            companion = Companion(self._names, storage_url=storage, tracking_uri=tracking)
+            companion = Companion(
+                self._names,
+                storage_url=storage,
+                tracking_uri=tracking,
+                hurried=lambda: self._signals.first is not None,
+            )
             self._beside.enter_context(companion)
 
     # -- which study -----------------------------------------------------------------------------

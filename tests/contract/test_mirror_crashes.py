@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -13,12 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 import sqlalchemy as sa
 from mirrored import Trainings, create, differences, free_port, serving
 
 from droptune.mirror import Mirror, Tracking, parent
-from droptune.mirror.syncer import Companion
+from droptune.mirror import syncer as syncer_module
+from droptune.mirror.syncer import Companion, Syncer
 from droptune.storage import Storage
 
 pytestmark = pytest.mark.databases("sqlite")
@@ -219,19 +222,54 @@ def test_a_companion_ends_with_its_worker_and_has_written_all(store, url, tmp_pa
     assert differences(store, "digits", Tracking.resolve(None, url)) == []
 
 
+def test_nobody_waits_for_a_companion_in_a_hurry(url):
+    """As after Ctrl-C, while it waits for a server that does not answer."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        create(Storage.open(url, create=True))
+        asked: list[float] = []
+
+        def hurried():
+            asked.append(time.monotonic())
+            return len(asked) > 3
+
+        companion = Companion(["digits"], storage_url=url, tracking_uri=address, hurried=hurried)
+        with companion:
+            process = psutil.Process(companion.pid)
+        assert len(asked) == 4
+        process.kill()
+
+
+def test_a_drain_does_not_insist_on_a_server_that_is_away(store, monkeypatch):
+    monkeypatch.setattr(syncer_module, "_VAIN", 0.2)
+    create(store)
+    Trainings(store, "digits").run(1)
+    away = Tracking.resolve("http://127.0.0.1:9", "")
+    rounds: list[str | None] = []
+    syncer = Syncer(
+        lambda: ["digits"],
+        lambda name: Mirror(store, name, away),
+        tell=lambda name, result: rounds.append(result.reason),
+        period=0.1,
+    )
+    assert not syncer.drain(3600)
+    assert rounds == ["MLflow at http://127.0.0.1:9: nobody listens there"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["database", "server", "postgresql"])
-def test_eight_syncers_at_once_on_an_empty_mlflow(store, url, tmp_path, where, request):
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("served", [False, True], ids=["directly", "through a server"])
+def test_eight_syncers_at_once_on_an_empty_mlflow(store, url, tmp_path, database, served, request):
     """One experiment, one parent, each child once; two studies race for the schema as well."""
     for name in ("a", "b"):
         create(store, name)
         Trainings(store, name).run(6)
-    with serving(tmp_path) if where == "server" else nullcontext() as server:
-        address = server.address if server else f"sqlite:///{tmp_path / 'mlflow.db'}"
-        if where == "postgresql":
-            created = request.getfixturevalue("postgresql").create()
-            address = created.render_as_string(hide_password=False)
-        tracking = Tracking.resolve(address, "")
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    if database == "postgresql":
+        created = request.getfixturevalue("postgresql").create()
+        address = created.render_as_string(hide_password=False)
+    with serving(tmp_path, database=address) if served else nullcontext() as server:
+        tracking = Tracking.resolve(server.address if server else address, "")
         syncers = [syncer(url, tracking, name, lease=10) for name in "abababab"]
         try:
             while not all(_covered(store, name) for name in ("a", "b")):

@@ -136,6 +136,7 @@ def test_the_link_opens_a_leaderboard(page, links, folder):
 def test_the_charts_are_those_of_dropout(page, links):
     show(page, links["charts"], "charts", "dropout_mean", "val/nll")
     body = page.inner_text("body")
+    assert "digits: NOT CONFIRMED" in body
     assert "Parallel Coordinates" in body
     assert "time/seconds" not in body
 
@@ -149,6 +150,27 @@ def test_a_trial_shows_its_rates_and_curves(page, links):
 
 def test_the_answer_is_the_first_line_of_the_study_s_run(page, links):
     show(page, links["answer"], "answer", "NOT CONFIRMED", "probability of zeroing")
+
+
+def test_a_page_to_explore_needs_nothing_from_elsewhere(page, folder):
+    """Pointing at a trial's point says what it is; what is chosen across and up moves it."""
+    (file,) = folder.glob("mlartifacts/**/explore.html")
+    wanted = []
+    page.on("request", lambda request: wanted.append(request.url))
+    page.goto(file.as_uri())
+    points = page.locator("#points circle")
+    assert points.count() > 20
+    points.first.dispatch_event("pointerenter")
+    about = page.inner_text("#about")
+    assert about.startswith(
+        page.locator("circle.chosen").get_attribute("data-trial") + ": COMPLETE"
+    )
+    assert "head.dropout" in about
+    before = points.first.get_attribute("cx")
+    page.select_option("#x", "mean rate")
+    assert points.first.get_attribute("cx") != before
+    assert page.locator("#curves path").count() > points.count()  # pruned ones have no objective
+    assert wanted == [file.as_uri()]
 
 
 def test_the_registry_has_the_challenger(page, links):
