@@ -47,7 +47,9 @@ def fake_worker(url: str, name: str, options: argparse.Namespace, times: Any, in
 
     time.sleep(random.uniform(0, options.interval))
     while time.monotonic() < end:
-        (training,) = timed("claim", lambda: storage.claim(study.id, worker, 1))
+        launching = time.monotonic() < end - options.seconds + options.interval
+        what = "first claim" if launching else "claim"
+        (training,) = timed(what, lambda: storage.claim(study.id, worker, 1))
         storage.assign([training], [ASSIGNMENT], [{}])
         for i in range(1, study.intervals + 1):
             time.sleep(options.interval * random.uniform(0.8, 1.2))
@@ -120,7 +122,7 @@ def main() -> None:
         "connections_peak": max(peak),
     }
     result["client_cpu_seconds"] = round(sum(sum(part["cpu"]) for part in parts), 1)
-    for what in ("open", "claim", "record", "beat", "finish"):
+    for what in ("open", "first claim", "claim", "record", "beat", "finish"):
         values = [value for part in parts for value in part.get(what, [])]
         if values:
             shares_ms = {f"p{round(100 * s)}_ms": percentile(values, s) for s in (0.5, 0.99, 1.0)}
