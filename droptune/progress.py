@@ -53,10 +53,7 @@ def measure(
         total=total,
         confirmations=(sum(r.state.finished for r in others), len(others)),
         best=best(trials, direction),
-        baselines={
-            label: best([r for r in trials if _rates(r) == rates], direction)
-            for label, rates in _baseline_rates(trials).items()
-        },
+        baselines=baselines(trials, direction),
         per_minute=per_minute,
         seconds_left=60 * remaining / per_minute if remaining and per_minute else None,
         intervals=sum(r.intervals_done for r in records),
@@ -65,10 +62,23 @@ def measure(
 
 
 def best(records: Sequence[Record], direction: str) -> Record | None:
-    """The COMPLETE record with the best first objective; the lower number wins a tie."""
-    complete = [r for r in records if r.state is State.COMPLETE and r.value is not None]
+    """The COMPLETE record with the best first finite objective; the earlier wins a tie."""
+    complete = [r for r in records if r.state is State.COMPLETE and _finite(r.value)]
     sign = 1 if direction == "minimize" else -1
     return min(complete, key=lambda r: (sign * (r.value or 0.0), r.training.id), default=None)
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def baselines(records: Sequence[Record], direction: str) -> dict[str, Record | None]:
+    """Each baseline's best trial by label: the best with its rates, whoever proposed it."""
+    trials = [r for r in records if r.training.kind.is_trial]
+    return {
+        label: best([r for r in trials if _rates(r) == rates], direction)
+        for label, rates in _baseline_rates(trials).items()
+    }
 
 
 def _baseline_rates(trials: Sequence[Record]) -> dict[str, Mapping[str, float] | None]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from droptune.progress import baselines, best
 from droptune.spec.spec import Confirm
 from droptune.training import Assignment, NewTraining, Record, Seeds, TrainingKind
 from droptune.verdict.evidence import BASELINES, Evidence, assigned, key, usable
@@ -173,27 +174,15 @@ def _last_seed(confirm: Confirm, allowance: float, baselines: int, choosing: int
 
 def best_baselines(evidence: Evidence) -> tuple[Member, ...]:
     """Each baseline at its own best: none, author, half, without those equal to an earlier one."""
-    members: list[Member] = []
-    seen: set[str] = set()
-    for label in BASELINES:
-        rates = _baseline_rates(evidence, label)
-        same = [r for r in evidence.trials if rates is not None and _rates(r) == rates]
-        if rates is None or rates in seen or not same:
-            continue
-        seen.add(rates)
-        members.append(_member(max(same, key=evidence.benefit), label))
-    return tuple(members)
-
-
-def _baseline_rates(evidence: Evidence, label: str) -> str | None:
+    direction = str(evidence.objective.direction)
     zero = [r for r in evidence.trials if not evidence.has_dropout(assigned(r))]
-    labelled = [
-        r
-        for r in evidence.trials
-        if r.training.kind is TrainingKind.BASELINE and r.training.label == label
-    ]
-    found = labelled or (zero if label == "none" else [])
-    return _rates(found[0]) if found else None
+    found = {"none": best(zero, direction), **baselines(evidence.records, direction)}
+    members: dict[str, Member] = {}
+    for label in BASELINES:
+        record = found.get(label)
+        if record is not None:
+            members.setdefault(_rates(record), _member(record, label))
+    return tuple(members.values())
 
 
 def _rates(record: Record) -> str:

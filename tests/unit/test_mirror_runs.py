@@ -11,17 +11,21 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from crew import make_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from droptune.errors import UsageError
 from droptune.mirror import MirroredStudy, Tracking, note, runs, views
-from droptune.mirror.answer import Answer
+from droptune.mirror.answer import Answer, baselines
 from droptune.mirror.links import Link
 from droptune.mirror.parent import clean_path
 from droptune.mirror.server import Server
+from droptune.mirror.sync import Mirror
 from droptune.mirror.tracking import Away, Missing, Refused, Rejected, plain_errors, redact
+from droptune.progress import measure
 from droptune.spec.objective import Objective
+from droptune.storage import Storage
 from droptune.training import Assignment, Record, Seeds, State, Training, TrainingKind
 
 NLL = Objective("nll")
@@ -189,8 +193,8 @@ def test_artifact_paths_stay_inside(path):
 
 def test_gain_is_measured_against_the_best_baseline_when_all_are_finished():
     found = [
-        record(1, kind=TrainingKind.BASELINE, label="none", value=0.5),
-        record(2, kind=TrainingKind.BASELINE, label="half", value=0.4),
+        record(1, kind=TrainingKind.BASELINE, label="none", rates={"fc1": 0.0}, value=0.5),
+        record(2, kind=TrainingKind.BASELINE, label="half", rates={"fc1": 0.5}, value=0.4),
         record(3, value=0.3),
     ]
     reference = runs.reference_of(found, NLL)
@@ -200,6 +204,18 @@ def test_gain_is_measured_against_the_best_baseline_when_all_are_finished():
     assert runs.gain_points(record(state=State.PRUNED), NLL, reference, time=0)
     waiting = record(4, State.QUEUED, kind=TrainingKind.BASELINE, label="author")
     assert runs.reference_of([*found, waiting], NLL) is None
+
+
+def test_a_search_trial_with_a_baselines_rates_counts_for_it_in_mlflow_too():
+    none = {"fc1": 0.0, "fc2": 0.0}
+    found = [
+        record(1, kind=TrainingKind.BASELINE, label="none", rates=none, value=0.5),
+        record(2, value=0.3),
+        replace(record(3, rates=none, value=0.4), ended=START + timedelta(hours=1)),
+    ]
+    assert baselines(found, NLL) == {"none": found[2]}
+    assert baselines(found, NLL) == measure(found, "minimize", 9, START).baselines
+    assert runs.reference_of(found, NLL) == runs.Reference(0.4, MS + 3600 * 1000)
 
 
 def test_the_best_is_never_a_nan_and_the_first_of_equals():
@@ -378,3 +394,15 @@ def test_the_mirror_imports_mlflow_only_when_it_writes():
     code = "import sys, droptune.mirror, droptune.cli.mirror; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"mlflow", "torch", "optuna"} & set(done.stdout.split())
+
+
+def test_who_lost_the_lease_leaves_the_others_state_alone(tmp_path):
+    storage = Storage.open(f"sqlite:///{tmp_path}/droptune.db", create=True)
+    study = make_study(storage, tmp_path)
+    mirror = Mirror(storage, study.name, Tracking("http://127.0.0.1:1"))
+    storage.put_mirror_state(study.row.id, {"run": "another's"})
+    mirror._tell("MLflow is away")
+    assert storage.mirror_state(study.row.id) == {"run": "another's"}
+    assert mirror._lease.take()
+    mirror._tell("MLflow is away")
+    assert storage.mirror_state(study.row.id)["reason"] == "MLflow is away"
