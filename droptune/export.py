@@ -10,6 +10,7 @@ from typing import Any
 
 from droptune.errors import UsageError
 from droptune.training import Record
+from droptune.verdict.statistics import finite
 
 FORMATS = (".csv", ".json", ".parquet")
 
@@ -65,7 +66,8 @@ def _csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _json(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    known = [{key: finite(value) for key, value in row.items()} for row in rows]
+    path.write_text(json.dumps(known, allow_nan=False), encoding="utf-8")
 
 
 def _parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+from droptune.export import write
 from droptune.progress import best, measure
 from droptune.training import Assignment, Record, Seeds, State, Training, TrainingKind
 
@@ -65,3 +68,15 @@ def test_best_follows_the_direction_and_the_earlier_wins_a_tie():
 def test_an_empty_study_has_no_rate_and_no_time_left():
     progress = measure([], "minimize", 10, NOW)
     assert (progress.per_minute, progress.seconds_left, progress.best) == (0.0, None, None)
+
+
+def test_an_export_is_json_where_values_are_not_finite(tmp_path):
+    curves = {"val/nll": (1.0, float("nan")), "train/loss": (float("inf"), 2.0)}
+    write([replace(record(0, State.FAIL), curves=curves)], tmp_path / "rows.json")
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    rows = json.loads((tmp_path / "rows.json").read_text(), parse_constant=refuse)
+    assert [row["val/nll"] for row in rows] == [1.0, None]
+    assert [row["train/loss"] for row in rows] == [None, 2.0]
