@@ -121,6 +121,8 @@ class Database:
             except (sa.exc.SQLAlchemyError, OSError) as error:
                 trouble = self._trouble(error)
                 met[trouble] += 1
+                if _stood_still(error):
+                    since = time.monotonic()  # this process was frozen, and waited for nobody
                 waited = time.monotonic() - since
                 too_long = trouble is Trouble.CONFLICT and waited > 2 * BUSY_SECONDS
                 if met[trouble] > RETRIES[trouble] or too_long:
@@ -170,9 +172,9 @@ class Database:
 
     def _trouble(self, error: BaseException) -> Trouble:
         if isinstance(error, sa.exc.DBAPIError):
-            cause = error.orig
-            if getattr(cause, "sqlstate", None) == _STOOD_STILL:
+            if _stood_still(error):
                 return Trouble.CONFLICT
+            cause = error.orig
             if error.connection_invalidated:
                 return Trouble.AWAY
             if isinstance(error, sa.exc.IntegrityError):
@@ -328,6 +330,11 @@ def _mysql_trouble(cause: BaseException | None) -> Trouble:
     if lost and "CERTIFICATE_VERIFY_FAILED" in str(cause):
         return Trouble.ERROR
     return Trouble.AWAY if lost or code in _MYSQL_AWAY else Trouble.ERROR
+
+
+def _stood_still(error: BaseException) -> bool:
+    """Whether the server ended the transaction since nothing was heard from this process."""
+    return getattr(getattr(error, "orig", None), "sqlstate", None) == _STOOD_STILL
 
 
 def _postgresql_trouble(cause: BaseException | None) -> Trouble:

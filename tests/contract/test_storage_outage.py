@@ -320,3 +320,19 @@ def test_a_worker_frozen_in_a_transaction_keeps_nobody_waiting(storage, url):
     assert late.exitcode == 0  # it ran its transaction again, and found its lease lost
     assert sorted(ended) == [0, 1]
     assert {r.curves["val/nll"] for r in storage.records(study.id)} == {(0.5,)}
+
+
+@pytest.mark.databases("postgresql")
+def test_a_worker_frozen_for_long_tries_again(url, monkeypatch):
+    """However long that was: it waited for no lock meanwhile."""
+    monkeypatch.setattr("droptune.storage.database.BUSY_SECONDS", 0.1)
+    database, runs = Database(Address.parse(url), standing_seconds=0.2), []
+
+    def work(connection):
+        runs.append(connection.execute(sa.text("SELECT 1")).scalar())
+        if len(runs) == 1:
+            time.sleep(1.0)
+        return connection.execute(sa.text("SELECT 2")).scalar()
+
+    assert database.write(work) == 2
+    assert runs == [1, 1]
