@@ -10,10 +10,11 @@ import numpy as np
 from droptune.training import Record, State, TrainingKind
 from droptune.verdict.comparison import Comparison
 from droptune.verdict.confirmation import AT_WINNERS_LR, Plan, pairs
-from droptune.verdict.evidence import Evidence, assigned, usable
+from droptune.verdict.evidence import Evidence, usable
 from droptune.verdict.findings import mean_curve, values_at_objective
 from droptune.verdict.statistics import Difference, binomial_error, paired
-from droptune.verdict.wording import difference, metric_name
+from droptune.verdict.surface import find_inputs
+from droptune.verdict.wording import counted, difference, metric_name
 
 COUNTED = ("accuracy", "error")  # metrics that are shares of examples
 COARSE = (*COUNTED, "precision", "recall", "f1")  # metrics that see only right or wrong
@@ -177,15 +178,15 @@ def _failures(evidence: Evidence) -> Iterator[str]:
 def _small_search(evidence: Evidence) -> Iterator[str]:
     finished = [r for r in evidence.records if r.training.kind.is_trial and r.state.finished]
     failed = sum(1 for r in finished if r.state is State.FAIL)
-    searched = {
-        site.path
-        for site in evidence.sites
-        if len({assigned(r).rates.get(site.path) for r in evidence.trials}) > 1
-    }
     if failed * 5 > len(finished):
         yield f"{failed} of {len(finished)} trials failed: the range of lr may reach too high"
-    if evidence.trials and len(evidence.trials) < 5 * (len(searched) + 1):
+    if not evidence.trials:
+        return
+    rates = sum(1 for one in find_inputs(evidence, evidence.trials) if one.paths)
+    if len(evidence.trials) < 5 * (rates + 1):
+        share = ", or groups of sites that share a rate," if rates > 1 else ""
+        many = len(evidence.trials)
         yield (
-            f"{len(evidence.trials)} completed trials are few for {len(searched)} rates and an "
-            "lr: more trials, or groups of sites that share a rate, would find better ones"
+            f"{counted(many, 'completed trial')} {'is' if many == 1 else 'are'} few for "
+            f"{counted(rates, 'rate')} and an lr: more trials{share} would find better ones"
         )
