@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from droptune.verdict.comparison import Comparison
 from droptune.verdict.confirmation import AT_WINNERS_LR, Member
 from droptune.verdict.evidence import Evidence
+from droptune.verdict.statistics import Difference, paired
 from droptune.verdict.wording import (
     better_word,
     change,
@@ -84,15 +87,27 @@ def winners_lr_sentence(evidence: Evidence, found: Found) -> str:
     own, twin = found.get("none"), found.get(AT_WINNERS_LR)
     if twin is None or own is None:
         return ""
-    metric = evidence.objective.metric
-    part = evidence.sign * (own.difference.mean - twin.difference.mean)
-    half = (twin.difference.high - twin.difference.low) / 2
+    seen = _between(evidence, own, twin)
+    if seen is None:
+        return ""
+    metric, part = evidence.objective.metric, evidence.sign * seen.mean
+    half = min(seen.high - seen.mean, (twin.difference.high - twin.difference.low) / 2)
     there, here = learning_rate(own.assignment.lr), learning_rate(twin.assignment.lr)
     return (
         f"With the winner's learning rate ({here}) for both, dropout {_effect(evidence, twin)}; "
         f"without dropout, that learning rate instead of {there} "
         f"{'raises' if part > 0 else 'lowers'} it by {difference(metric, part, half)}."
     )
+
+
+def _between(evidence: Evidence, own: Comparison, twin: Comparison) -> Difference | None:
+    """The second member over the first, on the seeds of both; None where those are none."""
+    gains, others = (dict(zip(one.seeds, one.each, strict=True)) for one in (own, twin))
+    common = [seed for seed in gains if seed in others]
+    if not common or own.data != twin.data:
+        return None
+    each = np.array([gains[seed] - others[seed] for seed in common])
+    return paired(each, overlap=evidence.overlap)
 
 
 def _effect(evidence: Evidence, one: Comparison) -> str:
