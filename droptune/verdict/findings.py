@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -262,8 +263,15 @@ class DropoutCost(Finding):
     high: float
 
 
-def dropout_cost(ours: Sequence[Record], theirs: Sequence[Record]) -> DropoutCost | None:
-    """What masks cost in time: median seconds per interval of the winner and of no dropout."""
+def dropout_cost(
+    evidence: Evidence, ours: Sequence[Record], theirs: Sequence[Record]
+) -> DropoutCost | None:
+    """What masks cost in time: median seconds per interval of the winner and of no dropout.
+
+    None where either was trained fused: trainings of one pass share its time equally.
+    """
+    if _fused(evidence, (*ours, *theirs)):
+        return None
     seconds = [[_seconds(record) for record in records] for records in (ours, theirs)]
     a, b = np.array(seconds[0]), np.array(seconds[1])
     if len(a) < 2 or not (np.all(a > 0) and np.all(b > 0)):
@@ -271,6 +279,20 @@ def dropout_cost(ours: Sequence[Record], theirs: Sequence[Record]) -> DropoutCos
     ratio = paired(np.log(a / b))
     low, high = math.exp(ratio.low), math.exp(ratio.high)
     return DropoutCost(float(np.median(a)), float(np.median(b)), low, high)
+
+
+def _fused(evidence: Evidence, records: Sequence[Record]) -> bool:
+    """Whether a training has times in common, to the last digit, with others of its worker.
+
+    A tenth of them, as clocks of nanoseconds agree by chance where intervals are very short.
+    """
+    times = Counter(time for record in evidence.records for time in set(_times(record)))
+    shared = [[times[time] > 1 for time in _times(record)] for record in records]
+    return any(10 * sum(each) > len(each) for each in shared)
+
+
+def _times(record: Record) -> list[tuple[str | None, float]]:
+    return [(record.worker, seconds) for seconds in record.curves.get("time/seconds", ())]
 
 
 def _seconds(record: Record) -> float:
@@ -281,7 +303,8 @@ def _seconds(record: Record) -> float:
 class Calibration(Finding):
     """How well one member's probabilities are calibrated on the test set, before and after scaling.
 
-    Means over seeds. `ece_after`, `nll_after` and `temperature` are None without stored logits.
+    Means over seeds; with stored logits, over the examples that those are of. `ece_after`,
+    `nll_after` and `temperature` are None without.
     """
 
     label: str
@@ -294,17 +317,17 @@ class Calibration(Finding):
 
 def calibration(evidence: Evidence, label: str, records: Sequence[Record]) -> Calibration | None:
     """Calibration of a member's trainings on the test set; None where it is not known."""
-    nll, ece = (_mean_test(evidence, records, metric) for metric in ("nll", "ece"))
     scaled = [one for record in records if (one := evidence.scaled(record)) is not None]
     if scaled and len(scaled) == len(records):
         return Calibration(
             label,
             float(np.mean([one.before.ece for one in scaled])),
-            nll,
+            float(np.mean([one.nll_before.mean() for one in scaled])),
             float(np.mean([one.after.ece for one in scaled])),
             float(np.mean([one.nll.mean() for one in scaled])),
             float(np.mean([one.temperature for one in scaled])),
         )
+    nll, ece = (_mean_test(evidence, records, metric) for metric in ("nll", "ece"))
     return None if math.isnan(ece) else Calibration(label, ece, nll)
 
 

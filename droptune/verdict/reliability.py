@@ -87,6 +87,7 @@ class Scaled:
 
     temperature: float
     nll: Array  # of single examples [N], after scaling
+    nll_before: Array  # of the same examples
     before: Reliability
     after: Reliability
 
@@ -102,6 +103,7 @@ def scale(logits: Array, targets: Array) -> Scaled:
     return Scaled(
         float(temperature[:2].mean()),
         -log_likelihood(scaled, targets, 1.0),
+        -log_likelihood(logits, targets, 1.0),
         reliability(special.softmax(logits, axis=-1).max(axis=-1), correct),
         reliability(special.softmax(scaled, axis=-1).max(axis=-1), correct),
     )

@@ -147,7 +147,7 @@ def judge(evidence: Evidence) -> Verdict:
         overfitting=overfitting(evidence, planned),
         curse=_curse(evidence, planned, ours, theirs),
         interaction=lr_interaction(surface, slices, winner.assignment) if winner else None,
-        cost=dropout_cost(ours, theirs),
+        cost=dropout_cost(evidence, ours, theirs),
         calibration=_calibrations(evidence, planned),
         after_scaling=scaled,
         ablation=ablations(evidence, planned),

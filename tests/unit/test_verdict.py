@@ -22,6 +22,7 @@ from droptune.verdict.confirmation import (
 )
 from droptune.verdict.evidence import key
 from droptune.verdict.findings import edge
+from droptune.verdict.sentences import winners_lr_sentence
 from droptune.verdict.statistics import paired
 from droptune.verdict.verdict import _recommend, judge
 
@@ -328,6 +329,25 @@ def test_a_gain_of_the_learning_rate_is_not_called_dropouts():
     assert verdict.recommended.assignment.lr == verdict.winner.assignment.lr
 
 
+def test_the_learning_rates_part_is_taken_on_common_seeds(confirmed):
+    found = {one.against: one for one in compare(confirmed, plan(confirmed))}
+    own = next(iter(found.values()))
+
+    def seen(*each, lr=1e-3):
+        chosen = replace(own.assignment, lr=lr)
+        given = {"seeds": tuple(range(len(each))), "each": each, "assignment": chosen}
+        return replace(own, **given, difference=paired(np.array(each)))
+
+    pair = {"none": seen(0.1, 0.1, 0.1, 0.9, 0.9, 0.9), AT_WINNERS_LR: seen(0.3, 0.31, 0.29)}
+    assert "raises it by 0.200 nats" in winners_lr_sentence(confirmed, pair)
+
+
+def test_few_trials_are_counted_against_rates_that_are_searched(searched):
+    few = replace(searched, records=searched.records[12:21], groups={"all": searched.searched})
+    (hint,) = (hint for hint in judge(few).hints if "few" in hint)
+    assert hint.startswith("9 completed trials are few for 1 rate and an lr: more trials would")
+
+
 def test_before_confirmation_the_verdict_says_so(searched):
     verdict = judge(searched)
     assert not verdict.confirmed
@@ -440,6 +460,30 @@ def test_cost_and_curse(whole):
     assert verdict.curse.none is not None
     assert abs(verdict.curse.none) < 0.05
     assert verdict.counts["pruned"] == 18
+
+
+def test_times_of_fused_trainings_say_nothing_of_cost(whole):
+    times = whole.confirmations[next(iter(whole.confirmations))].curves["time/seconds"]
+    fused = tuple(
+        replace(r, curves={**r.curves, "time/seconds": times}, worker="one")
+        if r.training.kind is TrainingKind.CONFIRMATION
+        else r
+        for r in whole.records
+    )
+    assert judge(replace(whole, records=fused)).cost is None
+
+
+def test_calibration_compares_the_same_examples(whole):
+    sample = ("logits", "targets")
+    scores = {
+        i: {name: s[name][:500] if name in sample else s[name] for name in s}
+        for i, s in whole.scores.items()
+    }
+    full = {i: {**s, "nll": s["nll"] + 1} for i, s in scores.items()}
+    one, other = (judge(replace(whole, scores=given)).calibration for given in (scores, full))
+    assert one == other
+    seen = next(c for c in one if c.label == "none")
+    assert seen.nll > seen.nll_after
 
 
 def test_leaving_out_one_group_at_a_time(whole):
