@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from droptune.errors import DroptuneError
 from droptune.progress import Progress
+from droptune.scores import read_metrics
 from droptune.script import script
 from droptune.training import Assignment, Record, State, TrainingKind
 from droptune.verdict.wording import counted, duration
@@ -93,8 +93,7 @@ def confirmed(study: Study) -> list[Confirmed]:
     winner = {"against": FOUND, "assignment": verdict["winner"]["assignment"]}
     winner["seeds"] = sorted({seed for one in compared for seed in one["seeds"]})
     records = [r for r in study.records() if r.training.kind is TrainingKind.CONFIRMATION]
-    scored = study.storage.scores(study.row.id, "test", "metrics")
-    tests = {id_: json.loads(content) for id_, content in scored.items()}
+    tests = read_metrics(study.storage, study.row.id)
     return [_confirmed(one, records, tests) for one in (winner, *compared)]
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 BINS = np.linspace(0, 0.9, 7)
 CURVES = 120  # drawn at most
-SLOTS = 40  # rows of the time line at most
 
 
 @styled
