@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,10 @@ from droptune.errors import DroptuneError, UnknownStudyError, WorkRemainsError
 
 if TYPE_CHECKING:
     from droptune.launch.order import Order
-    from droptune.mirror import Tracking
+    from droptune.mirror import Mirror, SyncResult, Tracking
     from droptune.study import Study
+
+PATIENCE_SECONDS = 20.0  # for a server that is away for a moment, or busy
 
 
 def run_here(
@@ -138,7 +141,7 @@ def finish_mirror(study: Study, tracking: Tracking, root: Path, storage: str | N
 
     print(f"writing what is missing to MLflow ({tracking.redacted}) …", flush=True)
     mirror = open_mirror(study, tracking, root)
-    result = mirror.sync_once(refresh=True)
+    result = _last_rounds(mirror)
     later = command("mirror", "sync", study.name, storage=storage)
     if not result.holder:
         print(f"another process is writing to MLflow; see later: {later}")
@@ -147,3 +150,16 @@ def finish_mirror(study: Study, tracking: Tracking, root: Path, storage: str | N
     for training_id, reason in result.set_aside.items():
         print(f"MLflow did not take training {training_id} ({reason})")
     mirror.release()
+
+
+def _last_rounds(mirror: Mirror) -> SyncResult:
+    """Rounds until one is whole, the server refuses us, or patience is at an end."""
+    began, pause = time.monotonic(), 0.5
+    result = mirror.sync_once(refresh=True)
+    while result.reason and not result.refused:
+        if time.monotonic() - began + pause > PATIENCE_SECONDS:
+            break
+        time.sleep(pause)
+        pause *= 2
+        result = mirror.sync_once(refresh=True)
+    return result

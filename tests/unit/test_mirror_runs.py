@@ -9,14 +9,17 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from crew import make_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from droptune.cli import running
 from droptune.errors import UsageError
-from droptune.mirror import MirroredStudy, Tracking, note, runs, views
+from droptune.mirror import MirroredStudy, Tracking, note, opening, runs, views
+from droptune.mirror import SyncResult as Done
 from droptune.mirror.answer import Answer, baselines
 from droptune.mirror.links import Link
 from droptune.mirror.parent import clean_path
@@ -388,6 +391,32 @@ def test_the_server_gets_its_database_by_the_environment(tmp_path):
     assert server.environment()["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     with pytest.raises(UsageError, match="is a server already"):
         Server(Tracking("http://h:1"))
+
+
+@pytest.mark.parametrize(
+    ("results", "rounds", "said"),
+    [
+        ([Done(True, reason="503"), Done(True, reason="503"), Done(True)], 3, ""),
+        ([Done(True, reason="401", refused=True)], 1, "MLflow is behind (401)"),
+        ([Done(True, reason="503")] * 20, 6, "MLflow is behind (503)"),
+        ([Done(False)], 1, "another process is writing"),
+    ],
+)
+def test_a_server_away_for_a_moment_is_asked_again(monkeypatch, capsys, results, rounds, said):
+    now, left = [0.0], list(results)
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds)
+    )
+    monkeypatch.setattr(running, "time", clock)
+    mirror = SimpleNamespace(sync_once=lambda refresh: left.pop(0), release=lambda: None)
+    monkeypatch.setattr(opening, "open_mirror", lambda *given: mirror)
+    study, where = SimpleNamespace(name="digits"), SimpleNamespace(redacted="http://mlflow")
+    running.finish_mirror(study, where, Path())
+    assert len(results) - len(left) == rounds
+    assert now[0] <= running.PATIENCE_SECONDS
+    _, *rest = capsys.readouterr().out.splitlines()
+    assert "\n".join(rest).startswith(said)
+    assert bool(rest) == bool(said)
 
 
 def test_the_mirror_imports_mlflow_only_when_it_writes():
