@@ -40,6 +40,7 @@ def _shown(study: Study, records: Sequence[Record]) -> dict[str, bytes]:
     from droptune.report.report import render
 
     try:
+        study.refresh()  # the plan may have changed since it was opened
         evidence = study.evidence()
         verdict = study.judge()
         found = {f"figures/{name}.svg": svg(f) for name, f in draw(evidence, verdict).items()}

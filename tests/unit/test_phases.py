@@ -230,3 +230,16 @@ def test_a_study_that_ended_unconfirmed_is_confirmed_when_that_is_switched_on(st
     player.play(study)
     assert study.verdict()["confirmed"]
     assert make(storage, tmp_path, 12, confirm="{enabled: false}").phase() == "done"
+
+
+def test_the_mirror_draws_from_the_plan_as_it_is_now(storage, tmp_path, monkeypatch):
+    from droptune import figures
+    from droptune.mirror.opening import _shown
+
+    study, player = make(storage, tmp_path, 12), Player(storage)
+    player.play(study)
+    Study.open(storage, study.name).confirm(top=None, max_seeds=6, ablate=False)
+    drawn = []
+    monkeypatch.setattr(figures, "draw", lambda evidence, verdict: drawn.append(evidence) or {})
+    assert "report.html" in _shown(study, study.records())
+    assert {evidence.spec.confirm.max_seeds for evidence in drawn} == {6}
