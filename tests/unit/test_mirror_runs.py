@@ -241,7 +241,10 @@ def test_a_link_covers_what_has_arrived():
 
 
 def test_the_first_line_says_not_confirmed_until_it_is():
-    found = [record(1, kind=TrainingKind.BASELINE, label="none", value=0.5), record(2, value=0.4)]
+    found = [
+        record(1, kind=TrainingKind.BASELINE, label="none", rates={"fc1": 0.0}, value=0.5),
+        record(2, value=0.4),
+    ]
     first = note.note(STUDY, found, Answer()).splitlines()[0]
     expected = "**digits: NOT CONFIRMED · best val/nll 0.4 (trial 0002) against none 0.5**"
     assert first == expected
