@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from droptune.cli.options import JsonOption, NameArgument, StorageOption, config, print_json
+from droptune.errors import UsageError
 
 if TYPE_CHECKING:
     from droptune.mirror import Mirror, SyncResult, Tracking
@@ -56,7 +57,7 @@ def sync(
     if follow:
         _follow(opened, make, names or [], companion=until_input_closes)
         return
-    chosen = names or [summary.name for summary in opened.studies()]
+    chosen = names or [each.name for each in opened.studies() if _mirrored(opened, each.name)]
     results = {}
     for name in chosen:
         mirror = make(name)
@@ -138,7 +139,16 @@ def _mirror(storage: Storage, tracking: Tracking, root: Path, name: str) -> Mirr
     from droptune.mirror.opening import open_mirror
     from droptune.study import Study
 
+    if not _mirrored(storage, name):
+        raise UsageError(
+            f"study {name!r} is kept out of MLflow (mlflow: mirror: none): write worker or "
+            "external there in its study file, and run `droptune study create FILE` again"
+        )
     return open_mirror(Study.open(storage, name), tracking, root)
+
+
+def _mirrored(storage: Storage, name: str) -> bool:
+    return bool(storage.study(name).spec["mlflow"]["mirror"] != "none")
 
 
 def _newest(storage: Storage) -> str | None:

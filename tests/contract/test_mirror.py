@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 from mirrored import Trainings, copy_database, create, differences, serving
 
+from droptune.errors import UsageError
 from droptune.mirror import Mirror, Tracking, set_aside
 from droptune.mirror.server import Server
 from droptune.storage import Storage
@@ -344,3 +345,29 @@ def children(store, tracking, name, state=None):
     kept = [run for run in found if "droptune.training" in run.data.tags]
     kept = [run for run in kept if state in (None, run.data.tags["droptune.state"])]
     return sorted(kept, key=lambda run: int(run.data.tags["droptune.training"]))
+
+
+def test_a_study_is_mirrored_by_whom_its_file_says(store, tmp_path, monkeypatch, prepared):
+    """`worker`: by workers' companions; `external`: only by the command; `none`: by nobody."""
+    from typer.testing import CliRunner
+
+    from droptune.cli.mirror import _followed, app
+
+    for mirror in ("worker", "external", "none"):
+        create(store, mirror, mlflow={"mirror": mirror})
+        Trainings(store, mirror).run(1)
+    assert _followed(store, [], companion=True)() == ["worker"]
+    assert _followed(store, ["external", "none"], companion=True)() == []
+    assert _followed(store, [], companion=False)() == ["worker", "external"]
+
+    copy_database(prepared, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DROPTUNE_STORAGE", f"sqlite:///{tmp_path / 'droptune.db'}")
+    synced = CliRunner().invoke(app, ["sync"])
+    said = [line for line in synced.stdout.splitlines() if not line.startswith(" ")]
+    assert [line.partition(":")[0] for line in said] == ["worker", "external"]
+    for command in ("sync", "rebuild"):
+        refused = CliRunner().invoke(app, [command, "none"])
+        assert isinstance(refused.exception, UsageError)
+        assert "mirror: none" in str(refused.exception)
