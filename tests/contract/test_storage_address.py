@@ -8,7 +8,7 @@ import pytest
 
 from droptune.errors import StorageError
 from droptune.storage import Storage
-from droptune.storage.address import NETWORK_FILE_SYSTEMS, Address, _file_system
+from droptune.storage.address import NETWORK_FILE_SYSTEMS, Address, file_system
 from droptune.storage.database import engine_options
 
 
@@ -82,10 +82,10 @@ def test_the_urls_own_options_are_kept():
 
 
 def test_a_file_system_is_recognised(tmp_path):
-    kind = _file_system(tmp_path)
+    kind = file_system(tmp_path)
     if Path("/proc/self/mountinfo").exists():
         assert kind is not None
-        assert _file_system(Path("/proc/self")) == "proc"
+        assert file_system(Path("/proc/self")) == "proc"
     assert Address.parse(f"sqlite:///{tmp_path}/x.db").network_file_system() is None
     assert "nfs4" in NETWORK_FILE_SYSTEMS
     assert Address.parse("mysql://h/d").network_file_system() is None
