@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -67,19 +66,21 @@ def pruned(training) -> bool:
     return training.kind.is_trial and training.label == "" and training.number % 3 == 0
 
 
-def throughput(given: argparse.Namespace) -> dict:
-    """A whole study at once: into a database, through a server with one connection, with four."""
-    found = {}
-    for where, connections in (("database", 1), ("server, 1", 1), ("server, 4", 4)):
-        tenure.CONNECTIONS = connections
-        with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-            folder = Path(name)
-            store, url = trained(folder, given.trials, given.intervals)
-            tracking = Tracking.resolve(None, url)
-            if where != "database":
-                tracking = Tracking.resolve(stack.enter_context(serving(folder)).address, "")
-            found[where] = _timed(store, tracking, given.trials)
-    return found
+def throughput(given: argparse.Namespace) -> list[dict]:
+    """A whole study at once: into a database, and through a server with one connection or four."""
+    ways = [("database", 1), *2 * [("server", 1), ("server", 4)]]
+    return [{"into": into, "connections": n, **_whole(given, into, n)} for into, n in ways]
+
+
+def _whole(given: argparse.Namespace, into: str, connections: int) -> dict:
+    tenure.CONNECTIONS = connections
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store, url = trained(folder, given.trials, given.intervals)
+        if into == "database":
+            return _timed(store, Tracking.resolve(None, url), given.trials)
+        with serving(folder) as server:
+            return _timed(store, Tracking.resolve(server.address, ""), given.trials)
 
 
 def _timed(store: Storage, tracking: Tracking, trials: int) -> dict:
@@ -233,16 +234,19 @@ class Chaos:
         )
 
     def costs(self) -> dict:
-        return {
+        """Medians by phase, and by how much the mirrored of a pair was slower (95 % interval)."""
+        slower = [m - a for pairs in self.groups.values() for m, a in pairs]
+        error = 1.96 * statistics.stdev(slower) / len(slower) ** 0.5
+        medians = {
             phase: {
                 "groups": len(pairs),
-                "mirrored_median": round(statistics.median(m for m, _ in pairs), 3),
-                "alone_median": round(statistics.median(a for _, a in pairs), 3),
-                "mirrored_longest": round(max(m for m, _ in pairs), 3),
-                "alone_longest": round(max(a for _, a in pairs), 3),
+                "mirrored": round(statistics.median(m for m, _ in pairs), 3),
+                "alone": round(statistics.median(a for _, a in pairs), 3),
             }
             for phase, pairs in self.groups.items()
         }
+        mean = statistics.mean(slower)
+        return medians | {"slower_by": [round(v, 3) for v in (mean - error, mean, mean + error)]}
 
 
 def _study(file: Path, given: argparse.Namespace) -> tuple[str, Storage, Trainings]:
