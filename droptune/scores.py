@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from droptune.storage import Storage
-from droptune.training import Training
 
 if TYPE_CHECKING:
+    from droptune.storage import Storage
     from droptune.trainers.slot import Scores
+    from droptune.training import Training
 
 EXAMPLES = ("nll", "correct", "brier", "mse", "mae")  # of single examples, [N]
 LARGE = ("logits", "targets")  # of a sample of them: see `metrics.calibration_sample`
