@@ -320,8 +320,11 @@ def find_program_sites(program: Program, insert: Sequence[Any] = ()) -> Discover
     from droptune.program.program import default_values
 
     values = default_values(program.searched)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the same weights whenever it is asked
+        model = program.model()
     return find_sites(
-        program.model(),
+        model,
         program.example_batch(),
         forward=lambda model, batch: program.loss(model, batch, values),
         insert=insert,
