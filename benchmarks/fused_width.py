@@ -36,7 +36,7 @@ from droptune.spec.objective import Objective
 from droptune.trainers.fused import fusible, trainer_of
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.width import choose_width
-from droptune.training import Assignment, Seeds, Training, TrainingKind
+from droptune.training import Assignment, Seeds, Training
 
 AUTO = 0  # as a width: measured
 
@@ -168,24 +168,9 @@ def droptune(case: Case, device: torch.device, width: int) -> tuple[Epoch, int]:
     trainer = trainer_of(recipe, width)
     for index in range(width):
         rates = {site.path: 0.6 * index / width for site in recipe.sites}
-        trainer.fill(index, _training(index, Assignment(rates, 1e-3)))
+        seeds = Seeds(weights=index, data=0, split=0)
+        trainer.fill(index, Training.apart(index, Assignment(rates, 1e-3), seeds, 1000))
     return lambda: trainer.train_interval() and None, width
-
-
-def _training(number: int, assignment: Assignment) -> Training:
-    return Training(
-        id=number,
-        study_id=0,
-        kind=TrainingKind.SEARCH,
-        number=number,
-        label="",
-        assignment=assignment,
-        seeds=Seeds(weights=number, data=0, split=0),
-        seed_index=None,
-        intervals=1000,
-        attempt=1,
-        lease_epoch=1,
-    )
 
 
 # -- measuring ------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.trainers.fused import trainer_of
 from droptune.trainers.recipe import Recipe
-from droptune.training import Assignment, Seeds, Training, TrainingKind
+from droptune.training import Assignment, Seeds, Training
 
 STUDIES = Path(__file__).parent.parent / "studies"
 STUDY = "fashion_mnist_mlp_2000"
@@ -82,19 +82,8 @@ def final_nll(points: Sequence[Point], seeds: Sequence[int], width: int = 8) -> 
 
 
 def training(number: int, point: Point, seed: int) -> Training:
-    return Training(
-        id=number,
-        study_id=0,
-        kind=TrainingKind.REPLAY,
-        number=None,
-        label="race",
-        assignment=Assignment(dict(zip(SITES, point[:-1], strict=True)), point[-1]),
-        seeds=Seeds(weights=seed, data=seed, split=0),
-        seed_index=None,
-        intervals=EPOCHS,
-        attempt=1,
-        lease_epoch=1,
-    )
+    assignment = Assignment(dict(zip(SITES, point[:-1], strict=True)), point[-1])
+    return Training.apart(number, assignment, Seeds(weights=seed, data=seed, split=0), EPOCHS)
 
 
 def grid_best(seeds: Sequence[int]) -> tuple[Point, float]:

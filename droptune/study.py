@@ -292,6 +292,7 @@ class Study:
             tested=read_metrics(self.storage, self.row.id),
             sizes=meta["samples"],
             author_lr=meta["author_lr"],
+            fused=meta["trainer"] == "fused",
         )
 
     def judge(self) -> Verdict:

@@ -157,6 +157,23 @@ class Training:
     attempt: int
     lease_epoch: int
 
+    @classmethod
+    def apart(cls, number: int, assignment: Assignment, seeds: Seeds, intervals: int) -> Training:
+        """One of no study, to try or to measure a trainer."""
+        return cls(
+            id=number,
+            study_id=0,
+            kind=TrainingKind.REPLAY,
+            number=None,
+            label="apart",
+            assignment=assignment,
+            seeds=seeds,
+            seed_index=None,
+            intervals=intervals,
+            attempt=1,
+            lease_epoch=1,
+        )
+
     @property
     def name(self) -> str:
         """How people see it: `trial 0017`, `baseline none 0003`, `confirm none s2`."""

@@ -36,7 +36,7 @@ from droptune.trainers.slot import Interrupted, Outcome, Scores, Slot, Snapshot,
 from droptune.trainers.solo import Solo
 from droptune.trainers.updates import stack_optimizer
 from droptune.trainers.width import WIDTHS, WidthChoice, choose_width
-from droptune.training import Assignment, Measurement, Seeds, Training, TrainingKind
+from droptune.training import Assignment, Measurement, Seeds, Training
 
 log = logging.getLogger("droptune.trainer")
 
@@ -287,26 +287,13 @@ def _fusible(recipe: Recipe, values: Mapping[str, Any]) -> Fusibility:
 
 
 def _two_trainings(recipe: Recipe, values: Mapping[str, Any]) -> list[Training]:
-    return [
-        Training(
-            id=k,
-            study_id=0,
-            kind=TrainingKind.REPLAY,
-            number=None,
-            label="trial of the trainer",
-            assignment=Assignment(
-                {site.path: 0.2 + 0.2 * k for site in recipe.sites},
-                recipe.program.lr,
-                dict(values),
-            ),
-            seeds=Seeds(weights=k, data=k, split=0),
-            seed_index=None,
-            intervals=2,
-            attempt=1,
-            lease_epoch=1,
-        )
-        for k in range(2)
-    ]
+    found = []
+    for k in range(2):
+        rates = {site.path: 0.2 + 0.2 * k for site in recipe.sites}
+        assignment = Assignment(rates, recipe.program.lr, dict(values))
+        seeds = Seeds(weights=k, data=k, split=0)
+        found.append(Training.apart(k, assignment, seeds, intervals=2))
+    return found
 
 
 def _train_solo(recipe: Recipe, trainings: list[Training]) -> list[dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from droptune.program.program import default_values
 from droptune.trainers.memory import free_memory, is_out_of_memory, used_memory
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.slot import Trainer
-from droptune.training import Assignment, Seeds, Training, TrainingKind
+from droptune.training import Assignment, Seeds, Training
 
 WIDTHS = (1, 4, 16, 64, 256)
 UPDATES = 4  # in a measured interval
@@ -164,24 +164,10 @@ def _timed(trainer: Trainer) -> float:
 
 def _trainings(recipe: Recipe, width: int) -> Sequence[Training]:
     """Trainings as in a search: one data order, rates of their own."""
-    values = default_values(recipe.program.searched)
-    return [
-        Training(
-            id=number,
-            study_id=0,
-            kind=TrainingKind.REPLAY,
-            number=None,
-            label="width",
-            assignment=Assignment(
-                {site.path: 0.5 * number / width for site in recipe.sites},
-                recipe.program.lr,
-                values,
-            ),
-            seeds=Seeds(weights=number, data=0, split=0),
-            seed_index=None,
-            intervals=100,
-            attempt=1,
-            lease_epoch=1,
-        )
-        for number in range(width)
-    ]
+    lr, values = recipe.program.lr, default_values(recipe.program.searched)
+    found = []
+    for number in range(width):
+        rates = {site.path: 0.5 * number / width for site in recipe.sites}
+        seeds = Seeds(weights=number, data=0, split=0)
+        found.append(Training.apart(number, Assignment(rates, lr, values), seeds, intervals=100))
+    return found

@@ -29,7 +29,8 @@ class Evidence:
     `intervals` is the length of a training; `ranges` maps "lr" and site paths to (low, high) of
     the search; `groups` names the sites that share a rate; `scores` maps the id of a training to
     the scores of single test examples, `tested` to its metrics on the test set; `sizes` counts the
-    examples of "train", "validation" and "test".
+    examples of "train", "validation" and "test"; `fused` says whether trainings may share a device
+    at the same time.
     """
 
     spec: StudySpec
@@ -42,6 +43,7 @@ class Evidence:
     tested: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     author_lr: float | None = None
+    fused: bool = False
 
     @property
     def objective(self) -> Objective:

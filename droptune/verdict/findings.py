@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -268,9 +267,9 @@ def dropout_cost(
 ) -> DropoutCost | None:
     """What masks cost in time: median seconds per interval of the winner and of no dropout.
 
-    None where either was trained fused: trainings of one pass share its time equally.
+    None where the study trains fused: trainings of one group share its time equally.
     """
-    if _fused(evidence, (*ours, *theirs)):
+    if evidence.fused:
         return None
     seconds = [[_seconds(record) for record in records] for records in (ours, theirs)]
     a, b = np.array(seconds[0]), np.array(seconds[1])
@@ -279,20 +278,6 @@ def dropout_cost(
     ratio = paired(np.log(a / b))
     low, high = math.exp(ratio.low), math.exp(ratio.high)
     return DropoutCost(float(np.median(a)), float(np.median(b)), low, high)
-
-
-def _fused(evidence: Evidence, records: Sequence[Record]) -> bool:
-    """Whether a training has times in common, to the last digit, with others of its worker.
-
-    A tenth of them, as clocks of nanoseconds agree by chance where intervals are very short.
-    """
-    times = Counter(time for record in evidence.records for time in set(_times(record)))
-    shared = [[times[time] > 1 for time in _times(record)] for record in records]
-    return any(10 * sum(each) > len(each) for each in shared)
-
-
-def _times(record: Record) -> list[tuple[str | None, float]]:
-    return [(record.worker, seconds) for seconds in record.curves.get("time/seconds", ())]
 
 
 def _seconds(record: Record) -> float:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+
+from command import run
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 SECTION = README.partition("## Your model in 15 lines")[2].partition("\n## ")[0]
@@ -38,13 +37,3 @@ def shrink(path):
         assert found in text
         text = text.replace(found, instead)
     path.write_text(f"{text}\nmlflow: {{mirror: none}}\n")
-
-
-def run(folder, *words):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("DROPTUNE", "MLFLOW"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "droptune", *words],
-        capture_output=True, text=True, cwd=folder, timeout=280, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, (words, done.stderr)
-    return done.stdout

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from command import run
 
 PROGRAM = """
 import droptune
@@ -64,13 +62,3 @@ def test_streamed_data_train_fused_and_learn(tmp_path, example, data):
     assert "trains fused" in run(tmp_path, *command)
     best = json.loads(run(tmp_path, "study", "best", "study", "--json"))["best"]
     assert best["value"] < 0.5, best  # guessing: 0.69
-
-
-def run(folder, *command):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("DROPTUNE", "MLFLOW"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "droptune", *command],
-        capture_output=True, text=True, cwd=folder, timeout=280, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
