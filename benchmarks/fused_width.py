@@ -34,6 +34,7 @@ from droptune.program.program import classification
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.trainers.fused import fusible, trainer_of
+from droptune.trainers.memory import keep_freed_memory
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.width import choose_width
 from droptune.training import Assignment, Seeds, Training
@@ -162,7 +163,9 @@ def recipe_of(case: Case, device: torch.device) -> Recipe:
 
 
 def droptune(case: Case, device: torch.device, width: int) -> tuple[Epoch, int]:
-    """`width` trainings in droptune's trainer (AUTO: as many as it measures to be best)."""
+    """`width` trainings in droptune's trainer (AUTO: as many as it measures to be best), in a
+    process that is set up as a worker is."""
+    keep_freed_memory()
     recipe = recipe_of(case, device)
     width = width or choose_width(recipe, trainer_of).width
     trainer = trainer_of(recipe, width)

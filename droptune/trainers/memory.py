@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 SHARE_OF_HOST = 0.25  # of the memory that is free may be used
 SHARE_OF_DEVICE = 0.85
+# mallopt(3): M_MMAP_MAX (no block is mapped by itself), M_TRIM_THRESHOLD, M_TOP_PAD
+_KEEP = {-4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
 
 
 def free_memory(device: torch.device) -> int:
@@ -36,6 +40,25 @@ def used_memory(device: torch.device, *, reset: bool = False) -> int:
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the host memory that tensors free, for the next update's tensors.
+
+    By default glibc's malloc hands larger blocks back to the kernel at once, which then clears
+    and maps every page of them anew, update for update: on a CPU a fifth of the time of a small
+    convolutional network, a third of an LSTM's. Other allocators keep what they freed anyway.
+    """
+    with suppress(OSError, AttributeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in _KEEP.items():
+            mallopt(option, value)
+
+
+def return_freed_memory() -> None:
+    """Give the kernel back what was freed until now."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

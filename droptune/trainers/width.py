@@ -12,7 +12,12 @@ from typing import Any
 import torch
 
 from droptune.program.program import default_values
-from droptune.trainers.memory import free_memory, is_out_of_memory, used_memory
+from droptune.trainers.memory import (
+    free_memory,
+    is_out_of_memory,
+    return_freed_memory,
+    used_memory,
+)
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.slot import Trainer
 from droptune.training import Assignment, Seeds, Training
@@ -142,6 +147,7 @@ class _Measured:
                 raise  # not even one training fits, or something else is wrong
             self._too_wide, self.ended = width, f"width {width} ran out of memory"
         gc.collect()
+        return_freed_memory()
         if self._recipe.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -36,6 +36,7 @@ from droptune.storage import Storage, StudySummary, WorkerRow
 from droptune.study import Study
 from droptune.trainers.checkpoint import CheckpointStore
 from droptune.trainers.fused import make_trainer
+from droptune.trainers.memory import keep_freed_memory, return_freed_memory
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.slot import Interrupted
 from droptune.training import Seeds
@@ -276,6 +277,7 @@ class Worker:
         """Load the program, check its code, read the data, measure the width; claim nothing."""
         root, spec, width = self.options.root, study.spec, self.options.width
         self._use_threads(spec.training.threads)
+        keep_freed_memory()
         self._check_code(study)
         program = load_program(spec.program, root)
         recipe = Recipe.of(program, study.sites, spec, self.device)
@@ -312,6 +314,8 @@ class Worker:
             study_id = group.study.row.id
             self._spent[study_id] = self._spent.get(study_id, 0.0) + group.device_seconds
             group.close()
+            del group
+            return_freed_memory()
 
     # -- registration, beats, signals ----------------------------------------------------------
 

@@ -22,6 +22,7 @@ from droptune.program.program import (
     regression,
 )
 from droptune.program.source import fingerprint, project_root
+from droptune.program.tasks import FEW_CLASSES, log_softmax
 
 
 def net():
@@ -60,6 +61,18 @@ def test_the_short_form_trains():
     metrics = program.metrics(*program.predict(model, batch))
     assert tuple(metrics) == program.metric_names == CLASSIFICATION
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("classes", [2, FEW_CLASSES, FEW_CLASSES + 1])
+def test_the_log_softmax_over_few_classes_is_torchs(classes):
+    logits = torch.randn(64, classes, generator=torch.Generator().manual_seed(0)) * 40
+    logits[0, 0], logits[1, 1] = 1e4, -torch.inf
+    logits.requires_grad_()
+    weight = torch.linspace(-1, 1, 64 * classes).view(64, classes).masked_fill(logits.isinf(), 0)
+    found, expected = log_softmax(logits), logits.log_softmax(-1)
+    torch.testing.assert_close(found, expected)
+    sums = (each.masked_fill(logits.isinf(), 0) * weight for each in (found, expected))
+    torch.testing.assert_close(*(torch.autograd.grad(each.sum(), logits)[0] for each in sums))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 5, 4), (6, 4, 5), (6, 4, 2, 3)])
