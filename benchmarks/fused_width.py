@@ -5,7 +5,7 @@
 
 A trial-epoch is one pass over the training data and one evaluation on validation data: the same
 model, data, batch size and optimizer for everybody. Each row is measured in processes of its
-own, one row after the other, the best of `--repeats`. Data are random: only shapes matter here.
+own, all rows in turn, the best of `--repeats`. Data are random: only shapes matter here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,8 @@ from droptune.trainers.width import choose_width
 from droptune.training import Assignment, Seeds, Training
 
 AUTO = 0  # as a width: measured
+LONG = 20.0  # seconds for one pass of a group: none wider is measured
+Plan = tuple[str, int, int]  # how, width, processes
 
 
 # -- cases ----------------------------------------------------------------------------------------
@@ -189,6 +191,7 @@ class Row:
     processes: int
     rate: float
     memory_mib: float
+    auto: bool
 
 
 def child(
@@ -217,24 +220,20 @@ def child(
     results.put((epochs * width / elapsed, width, memory / 2**20))
 
 
-def measure(case: str, how: str, width: int, processes: int, options: argparse.Namespace) -> Row:
+def measure(case: str, plan: Plan, options: argparse.Namespace) -> Row:
     context = multiprocessing.get_context("spawn")
-    best: Row | None = None
-    for _ in range(options.repeats):
-        barrier, results = context.Barrier(processes), context.Queue()
-        task = (case, how, width)
-        arguments = (task, options.device, options.seconds, options.threads, barrier, results)
-        started = [context.Process(target=child, args=arguments) for _ in range(processes)]
-        for process in started:
-            process.start()
-        found = [results.get(timeout=600) for _ in started]
-        for process in started:
-            process.join()
-        rate, memory = sum(f[0] for f in found), sum(f[2] for f in found)
-        if best is None or rate > best.rate:
-            best = Row(case, how, found[0][1], processes, rate, memory)
-    assert best is not None
-    return best
+    how, width, processes = plan
+    barrier, results = context.Barrier(processes), context.Queue()
+    task = (case, how, width)
+    arguments = (task, options.device, options.seconds, options.threads, barrier, results)
+    started = [context.Process(target=child, args=arguments) for _ in range(processes)]
+    for process in started:
+        process.start()
+    found = [results.get(timeout=600) for _ in started]
+    for process in started:
+        process.join()
+    rate, memory = sum(f[0] for f in found), sum(f[2] for f in found)
+    return Row(case, how, found[0][1], processes, rate, memory, auto=width == AUTO)
 
 
 def flops_per_epoch(case: Case) -> float:
@@ -269,24 +268,43 @@ def _wait(device: torch.device) -> None:
 
 
 def rows_of(case: str, options: argparse.Namespace) -> list[Row]:
-    plans = [("DataLoader", 1, 1), ("tensors", 1, 1)]
+    """The best of `--repeats` for each way; all ways in turn, so that a drift meets them all."""
+    plans: list[Plan] = [("DataLoader", 1, 1), ("tensors", 1, 1)]
     plans += [("tensors", 1, processes) for processes in options.processes]
     plans += [("droptune", width, 1) for width in (*options.widths, AUTO)]
     plans += [("droptune", AUTO, processes) for processes in options.processes]
-    rows = []
-    for how, width, processes in plans:
-        rows.append(measure(case, how, width, processes, options))
-        show(rows[-1], rows[min(1, len(rows) - 1)].rate, options)
-    return rows
+    best: dict[Plan, Row] = {}
+    for plan in [plan for _ in range(options.repeats) for plan in plans]:
+        if not _too_long(plan, best):
+            row = measure(case, plan, options)
+            best[plan] = max(row, best.get(plan, row), key=lambda each: each.rate)
+    return list(best.values())
 
 
-def show(row: Row, one: float, options: argparse.Namespace) -> None:
-    share = row.rate * flops_per_epoch(CASES[row.case]) / options.peak
-    print(
-        f"| {row.case} | {row.how} | {row.width} | {row.processes} | {row.rate:.1f} "
-        f"| {row.rate / one:.2f} | {row.memory_mib:.0f} | {100 * share:.1f} % |",
-        flush=True,
-    )
+def _too_long(plan: Plan, known: dict[Plan, Row]) -> bool:
+    """Whether one pass of so wide a group would take too long to be measured."""
+    _, width, _ = plan
+    rates = [row.rate for row in known.values() if row.how == "droptune"]
+    return bool(rates) and width > 1 and width / min(rates) > LONG
+
+
+def show(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    one = next(row.rate for row in rows if row.how == "tensors")
+    for row in rows:
+        share = row.rate * flops_per_epoch(CASES[row.case]) / options.peak
+        of_peak = f"{100 * share:.1f} %" if share > 5e-4 else "–"  # torch does not count an LSTM's
+        print(
+            f"| {row.case} | {row.how}{', auto' if row.auto else ''} | {row.width} "
+            f"| {row.processes} | {row.rate:.1f} | {row.rate / one:.2f} | {row.memory_mib:.0f} "
+            f"| {of_peak} |",
+            flush=True,
+        )
+    for processes in sorted({row.processes for row in rows if row.auto}):
+        same = [row for row in rows if row.processes == processes]
+        auto = next(row for row in same if row.auto)
+        other = max((row for row in same if not row.auto), key=lambda each: each.rate)
+        ratio, width = auto.rate / other.rate, f"{other.how} at width {other.width}"
+        print(f"<!-- {processes} process(es): auto is {ratio:.2f} of the best other, {width} -->")
 
 
 def main() -> None:
@@ -316,7 +334,9 @@ def main() -> None:
     rows = []
     for case in options.case or CASES:
         print(f"<!-- {case}: {fusible(recipe_of(CASES[case], torch.device('cpu'))).reason} -->")
-        rows += rows_of(case, options)
+        found = rows_of(case, options)
+        show(found, options)
+        rows += found
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
