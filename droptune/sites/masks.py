@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 
+from droptune.sites.kernel import kernel_for
+
 Shape = tuple[int, ...]
 
 # The two odd multipliers of lowbias32 (Wellons, "Prospecting for hash functions", 2018), and
@@ -129,33 +131,42 @@ class Noise(NamedTuple):
     def multipliers(self, shape: Shape, like: Tensor) -> Tensor:
         """1 / (1 - rate) where an element stays, else 0: [*shape] in the type of `like`."""
         kept, scale = self._drawn(shape, like.device).to(like.dtype), self.scale.to(like.dtype)
-        return self._shaped(kept * scale if self._batches(kept) else kept.mul_(scale), shape)
+        return self._shaped(kept * scale if _is_batched(kept, scale) else kept.mul_(scale), shape)
 
     def per_slot(self, value: Tensor) -> Tensor:
         """A tensor like `rate` as the 0-dim tensor that a slot sees."""
         return self._shaped(value, ())
 
     def _drawn(self, shape: Shape, device: torch.device) -> Tensor:
-        """Two keyed multiply-xorshift rounds over the hashed index: 0 or 1, flat.
-
-        In place on the first fresh tensor, comparison included (a bool output is not
-        vectorised): 0.7 ns an element on one CPU core, where `F.dropout` takes 10.
-        """
-        x = _indices(math.prod(shape), device) ^ self.first
-        x *= _FIRST
-        x ^= (x >> 16).bitwise_and_(0xFFFF)
-        x ^= self.second
-        x *= _SECOND
-        return x >= self.threshold if self._batches(x) else x.ge_(self.threshold)
-
-    def _batches(self, x: Tensor) -> bool:
-        """Whether a transform batches rate or key all the same: no place for in-place steps."""
-        return any(map(functorch.is_functorch_wrapped_tensor, (x, self.threshold)))
+        """0 or 1, flat."""
+        drawn_from = _indices(math.prod(shape), device), self.first, self.second, self.threshold
+        if device.type != "cuda" or _is_batched(*drawn_from):
+            return _draw(*drawn_from)
+        return kernel_for(device, _draw)(*drawn_from)
 
     def _shaped(self, flat: Tensor, shape: Shape) -> Tensor:
         if self.level is None:
             return flat.view(shape)
         return functorch._add_batch_dim(flat.view(-1, *shape), 0, self.level)
+
+
+def _draw(indices: Tensor, first: Tensor, second: Tensor, threshold: Tensor) -> Tensor:
+    """Two keyed multiply-xorshift rounds over the hashed indices: 0 or 1.
+
+    In place on the first fresh tensor, comparison included (a bool output is not vectorised):
+    0.7 ns an element on one CPU core, where `F.dropout` takes 10.
+    """
+    x = indices ^ first
+    x *= _FIRST
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x ^= second
+    x *= _SECOND
+    return x >= threshold if _is_batched(x, threshold) else x.ge_(threshold)
+
+
+def _is_batched(*tensors: Tensor) -> bool:
+    """Whether a transform batches rate or key all the same: no place for in-place steps."""
+    return any(map(functorch.is_functorch_wrapped_tensor, tensors))
 
 
 def _threshold(rate: Tensor) -> Tensor:

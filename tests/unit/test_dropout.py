@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -13,7 +16,8 @@ from scipy import stats
 from torch.func import vmap
 
 from droptune.sites.dropout import KINDS, blocks
-from droptune.sites.masks import Noise, derive_keys, keep_mask, noises, split_seed
+from droptune.sites.kernel import TEXT, checked, example
+from droptune.sites.masks import Noise, _draw, derive_keys, keep_mask, noises, split_seed
 
 CPU = torch.device("cpu")
 SEED = torch.tensor(split_seed(2**62 + 12345), dtype=torch.int32)
@@ -328,6 +332,34 @@ def test_slots_may_share_rates_or_keys_and_lie_in_any_dimension():
 def test_ranges_and_sources_are_said(kind):
     assert 0 <= kind.low < kind.high <= 0.9
     assert any(year in kind.source for year in map(str, range(2010, 2027)))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_the_kernel_for_cuda_has_the_same_arithmetic(tmp_path):
+    """Its text, compiled for the host as it stands."""
+    (tmp_path / "kernel.cpp").write_text(
+        TEXT + 'extern "C" int one(int a, int b, int c, int d) { return drawn<int>(a, b, c, d); }'
+    )
+    command = ["g++", "-O1", "-shared", "-fPIC", "-o", "kernel.so", "kernel.cpp"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    one = ctypes.CDLL(str(tmp_path / "kernel.so")).one
+    indices, first, second, threshold = example(CPU)
+    rows = torch.stack(torch.broadcast_tensors(indices, first, second, threshold), -1)
+    drawn = _draw(indices, first, second, threshold).flatten().tolist()
+    assert 0.3 < sum(drawn) / len(drawn) < 0.7
+    assert drawn == [one(*numbers) for numbers in rows.view(-1, 4).tolist()]
+
+
+def test_a_kernel_that_fails_or_differs_is_not_used(caplog):
+    def fails(*numbers):
+        raise RuntimeError("no compiler here\nand more")
+
+    assert checked(fails, _draw, CPU) is _draw
+    assert "no compiler here" in caplog.messages[0]
+    assert "and more" not in caplog.text
+    assert checked(lambda *numbers: 1 - _draw(*numbers), _draw, CPU) is _draw
+    same = lambda *numbers: _draw(*numbers)  # noqa: E731
+    assert checked(same, _draw, CPU) is same
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
