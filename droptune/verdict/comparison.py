@@ -11,7 +11,6 @@ import numpy as np
 from droptune.training import Assignment, Record
 from droptune.verdict.confirmation import (
     AT_WINNERS_LR,
-    Member,
     Plan,
     ablated_members,
     ablation_pairs,
@@ -19,6 +18,7 @@ from droptune.verdict.confirmation import (
     pairs,
 )
 from droptune.verdict.evidence import Evidence, Scores
+from droptune.verdict.member import Member
 from droptune.verdict.statistics import (
     ALPHA,
     Array,

@@ -22,7 +22,7 @@ Scores = Mapping[str, Array]
 BASELINES = ("none", "author", "half")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """One study: its spec, sites and trainings, and the test scores of its confirmations.
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from droptune.training import Assignment, Record
 from droptune.verdict.comparison import test_scores
-from droptune.verdict.confirmation import Plan, best_baselines
+from droptune.verdict.confirmation import Plan
 from droptune.verdict.evidence import Evidence
+from droptune.verdict.member import best_baselines
 from droptune.verdict.reliability import Reliability, pooled
 from droptune.verdict.statistics import Array, finite, paired
 from droptune.verdict.surface import Slice, Surface, interaction

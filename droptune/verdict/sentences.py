@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from droptune.verdict.comparison import Comparison
-from droptune.verdict.confirmation import AT_WINNERS_LR, Member
+from droptune.verdict.confirmation import AT_WINNERS_LR
 from droptune.verdict.evidence import Evidence
+from droptune.verdict.member import Member
 from droptune.verdict.statistics import Difference, paired
 from droptune.verdict.wording import (
     better_word,

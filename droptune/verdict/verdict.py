@@ -16,16 +16,8 @@ from typing import Any
 import numpy as np
 
 from droptune.training import Assignment, Record, State
-from droptune.verdict.comparison import Comparison, ablations, after_scaling, compare
-from droptune.verdict.confirmation import (
-    AT_WINNERS_LR,
-    Member,
-    Plan,
-    best_baselines,
-    front_runners,
-    pairs,
-    plan,
-)
+from droptune.verdict.comparison import PRIMARY, Comparison, ablations, after_scaling, compare
+from droptune.verdict.confirmation import AT_WINNERS_LR, Plan, pairs, plan
 from droptune.verdict.evidence import Evidence, key
 from droptune.verdict.findings import (
     Calibration,
@@ -40,6 +32,7 @@ from droptune.verdict.findings import (
     overfitting,
     site_findings,
 )
+from droptune.verdict.member import Member, best_baselines, front_runners
 from droptune.verdict.sentences import (
     baseline_sentence,
     headline,
@@ -258,18 +251,18 @@ def _leads_most(author: Comparison, found: Mapping[str, Comparison]) -> bool:
 
 def _leads(found: Mapping[str, Comparison]) -> bool:
     """Whether the winner is more than one standard error above every no dropout."""
-    rivals = [found[label].difference for label in ("none", AT_WINNERS_LR) if label in found]
+    rivals = [found[label].difference for label in PRIMARY if label in found]
     return all(rival.mean > rival.error for rival in rivals)
 
 
 def _better_none(found: Mapping[str, Comparison], members: Mapping[str, Member]) -> Member:
-    labels = [label for label in ("none", AT_WINNERS_LR) if label in found]
+    labels = [label for label in PRIMARY if label in found]
     return members[min(labels, key=lambda label: found[label].difference.mean)]
 
 
 def _trained(evidence: Evidence, planned: Plan) -> tuple[list[Record], list[Record]]:
     """Verdict trainings of the winner and of no dropout on their common seeds."""
-    none = [m for m in planned.compared if m.label in ("none", AT_WINNERS_LR)]
+    none = [m for m in planned.compared if m.label in PRIMARY]
     if planned.winner is None or not none or planned.design is None:
         return [], []
     _, ours, theirs = pairs(evidence, planned.winner, none[0], planned.design.schedule[-1])

@@ -15,13 +15,12 @@ from droptune.verdict.confirmation import (
     AT_WINNERS_LR,
     CHOICE,
     allowance_of,
-    best_baselines,
-    front_runners,
     plan,
     predicted_cost,
 )
-from droptune.verdict.evidence import key
+from droptune.verdict.evidence import assigned, key
 from droptune.verdict.findings import edge
+from droptune.verdict.member import best_baselines, front_runners, noise_aware
 from droptune.verdict.sentences import winners_lr_sentence
 from droptune.verdict.statistics import paired
 from droptune.verdict.verdict import _recommend, judge
@@ -39,6 +38,10 @@ def flat(rates, lr):
 def helpful(rates, lr):
     strength = np.mean(list(rates.values()))
     return 0.5 + lr_part(lr) - 0.2 * min(strength, 0.4) + 0.3 * max(strength - 0.6, 0)
+
+
+def steep(rates, lr):
+    return 0.5 + 5 * lr_part(lr)
 
 
 def harmful(rates, lr):
@@ -120,10 +123,24 @@ def test_a_half_made_queue_is_completed(searched):
 
 def test_each_baseline_is_confirmed_at_its_own_best(searched):
     for member in best_baselines(searched):
-        same = [
-            r for r in searched.trials if r.training.assignment.rates == member.assignment.rates
-        ]
-        assert member.promised == min(r.value for r in same)
+        same = [r for r in searched.trials if assigned(r).rates == member.assignment.rates]
+        benefit, error = noise_aware(searched, same)
+        within = benefit >= benefit.max() - error[benefit.argmax()]
+        assert member.promised == min(r.value for r, near in zip(same, within, strict=True) if near)
+
+
+def test_a_lucky_trial_at_a_poor_learning_rate_is_not_a_baselines_best():
+    """The learning rate matters more than noise: other trials know that this one was lucky."""
+    studies = [search(world(steep, seed, seed_sd=0.02), trials=30) for seed in range(6)]
+    costs = {"raw": [], "chosen": []}
+    for evidence in studies:
+        for member in best_baselines(evidence):
+            same = [r for r in evidence.trials if r.training.label == member.label]
+            raw = min(same, key=lambda r: r.value)
+            costs["raw"].append(steep({}, assigned(raw).lr))
+            costs["chosen"].append(steep({}, member.assignment.lr))
+    assert np.mean(costs["chosen"]) < np.mean(costs["raw"])
+    assert max(costs["chosen"]) <= max(costs["raw"])
 
 
 def test_equal_baselines_are_confirmed_once(searched):
