@@ -171,13 +171,15 @@ def provisional_headline(evidence: Evidence, winner: Member | None, none: Member
 
 
 def recommendation_reason(choice: str, outcome: str, *, beaten: bool) -> str:
-    """Why these rates; `beaten`: the author's rates beat the winner."""
+    """Why these rates; `beaten`: the author's rates or 0.5 beat the winner."""
     if choice == "author":
         return (
             "the author's rates beat the dropout that was found; they are not tested against none"
         )
+    if choice == "half":
+        return "0.5 everywhere beats the dropout that was found; it is not tested against none"
     if choice == "none" and beaten:
-        return "no dropout leads the dropout that was found, by more than the author's rates do"
+        return "no dropout leads the dropout that was found, by more than any other baseline does"
     if choice == "none":
         return (
             "no dropout is better"

@@ -48,7 +48,7 @@ from droptune.verdict.weakness import hints
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to use: the `winner`, `none`, or the `author`'s rates; and why."""
+    """What to use: the `winner`, `none`, the `author`'s rates, or `half`; and why."""
 
     choice: str
     assignment: Assignment
@@ -223,30 +223,36 @@ def _recommend(
 ) -> Recommendation | None:
     """The winner where it is better, or leads by more than one standard error; else no dropout.
 
-    The author's rates where those beat the winner, and lead it by more than no dropout does. The
-    simpler of two that cannot be told apart is the rule of one standard error (Breiman et al.
+    The author's rates or 0.5 where those beat the winner, and lead it by more than no dropout does.
+    The simpler of two that cannot be told apart is the rule of one standard error (Breiman et al.
     1984).
     """
     if winner is None:
         return None
     members = {member.label: member for member in planned.compared}
     found = {one.against: one for one in compared}
-    author = found.get("author")
-    beaten = author is not None and author.outcome == "worse"
-    if author is not None and beaten and _leads_most(author, found):
-        choice, member = "author", members["author"]
+    ahead = _ahead(found) if outcome != "none" else None
+    if ahead is not None and _leads_most(ahead, found):
+        choice, member = ahead.against, members[ahead.against]
     elif outcome in ("better", "none") or (outcome == "undetected" and _leads(found)):
         choice, member = "winner", winner
     else:
         choice, member = "none", _better_none(found, members)
-    reason = recommendation_reason(choice, outcome, beaten=beaten)
+    reason = recommendation_reason(choice, outcome, beaten=ahead is not None)
     return Recommendation(choice, member.assignment, member.trial, reason)
 
 
-def _leads_most(author: Comparison, found: Mapping[str, Comparison]) -> bool:
-    """Whether the author's rates lead the winner by more than every no dropout does."""
-    rivals = [found[label].difference for label in ("none", AT_WINNERS_LR) if label in found]
-    return all(author.difference.mean < rival.mean for rival in rivals)
+def _ahead(found: Mapping[str, Comparison]) -> Comparison | None:
+    """The one of author's rates and 0.5 that beats the winner by most; None where neither does."""
+    others = (one for label, one in found.items() if label not in PRIMARY)
+    beating = [one for one in others if one.outcome == "worse"]
+    return min(beating, key=lambda one: one.difference.mean, default=None)
+
+
+def _leads_most(ahead: Comparison, found: Mapping[str, Comparison]) -> bool:
+    """Whether a baseline leads the winner by more than every no dropout does."""
+    rivals = [found[label].difference for label in PRIMARY if label in found]
+    return all(ahead.difference.mean < rival.mean for rival in rivals)
 
 
 def _leads(found: Mapping[str, Comparison]) -> bool:

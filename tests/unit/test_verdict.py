@@ -312,14 +312,15 @@ def test_dropout_that_hurts():
     assert set(verdict.recommended.assignment.rates.values()) == {0.0}
 
 
-@pytest.mark.parametrize(("author", "choice"), [(-0.3, "none"), (-0.7, "author")])
-def test_the_authors_rates_are_recommended_only_ahead_of_no_dropout(confirmed, author, choice):
+@pytest.mark.parametrize("rival", ["author", "half"])
+@pytest.mark.parametrize(("mean", "ahead"), [(-0.3, False), (-0.7, True)])
+def test_another_baseline_is_recommended_only_ahead_of_no_dropout(confirmed, rival, mean, ahead):
     def behind(one, mean):
         rows = mean + np.array([-0.01, 0.0, 0.01])
         return replace(one, difference=paired(rows))
 
     planned = plan(confirmed)
-    means = {"none": -0.5, "author": author}
+    means = {"none": -0.5, rival: mean}
     compared = [
         behind(one, means[one.against])
         for one in compare(confirmed, planned)
@@ -327,8 +328,8 @@ def test_the_authors_rates_are_recommended_only_ahead_of_no_dropout(confirmed, a
     ]
     assert {one.outcome for one in compared} == {"worse"}
     found = _recommend(confirmed, planned, compared, planned.winner, "worse")
-    assert found.choice == choice
-    assert ("by more than the author's rates" in found.reason) == (choice == "none")
+    assert found.choice == (rival if ahead else "none")
+    assert ("by more than any other baseline" in found.reason) == (not ahead)
 
 
 def test_a_gain_of_the_learning_rate_is_not_called_dropouts():
