@@ -127,8 +127,7 @@ def differences(evidence: Evidence, verdict: Verdict) -> Figure:
     for row, one in enumerate(reversed(shown)):
         colour = COLOURS.get(one.against, COLOURS["winner"])
         found = one.difference
-        bounded = np.isfinite(found.high)
-        if bounded:
+        if found.bounded:
             axes.plot([factor * found.low, factor * found.high], [row, row], color=colour, lw=2.2)
         axes.plot(
             factor * np.array(one.each), [row - 0.24] * len(one.each), "|", color=colour, ms=5

@@ -277,6 +277,8 @@ def dropout_cost(
     if len(a) < 2 or not (np.all(a > 0) and np.all(b > 0)):
         return None
     ratio = paired(np.log(a / b))
+    if not ratio.bounded:
+        return None
     low, high = math.exp(ratio.low), math.exp(ratio.high)
     return DropoutCost(float(np.median(a)), float(np.median(b)), low, high)
 

@@ -41,15 +41,19 @@ def headline(evidence: Evidence, outcome: str, found: Found) -> str:
             "dropout at its own learning rate, but no dropout at the winner's learning rate does "
             f"as well (there dropout changes it by {_change(evidence, twin)})."
         )
-    smallest = first.difference.detectable
     return (
         f"No detectable difference: dropout {_effect(evidence, first)}{_fairly(first)}; "
-        f"{_detectable(evidence, smallest)}."
+        f"{_detectable(evidence, first.difference)}."
     )
 
 
-def _detectable(evidence: Evidence, smallest: float) -> str:
-    size = difference(evidence.objective.metric, smallest, smallest)
+def _detectable(evidence: Evidence, found: Difference) -> str:
+    """What would have been seen, or why nothing can be."""
+    if found.seeds < 2:
+        return "one pair of trainings cannot tell it from chance"
+    if not found.bounded:
+        return "all seeds agree to the last digit, so chance cannot be judged"
+    size = difference(evidence.objective.metric, found.detectable, found.detectable)
     return f"a difference of {size} or more would have been detected"
 
 
@@ -134,10 +138,9 @@ def baseline_sentence(evidence: Evidence, one: Comparison) -> str:
         return f"Better than {whom}: {_by(evidence, one)}."
     if one.outcome == "worse":
         return f"Worse than {whom}: {_by(evidence, one)}."
-    smallest = one.difference.detectable
     return (
         f"Not told apart from {whom}: it changes {metric_name(evidence.objective.metric)} by "
-        f"{_change(evidence, one)}; {_detectable(evidence, smallest)}."
+        f"{_change(evidence, one)}; {_detectable(evidence, one.difference)}."
     )
 
 
