@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -108,7 +109,11 @@ def _confirmed(
         and r.training.seed_index in one["seeds"]
         and r.state is State.COMPLETE
     ]
-    keys = [key for key in (mine[0] if mine else {}) if all(key in values for values in mine)]
+    keys = [
+        key
+        for key in (mine[0] if mine else {})
+        if all(math.isfinite(values.get(key, math.nan)) for values in mine)
+    ]
     means = {key: fmean(values[key] for values in mine) for key in keys}
     return Confirmed(one["against"], assignment, len(mine), means)
 

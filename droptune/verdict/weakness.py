@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from droptune.training import Record, State, TrainingKind
-from droptune.verdict.comparison import Comparison
+from droptune.verdict.comparison import Comparison, test_scores
 from droptune.verdict.confirmation import AT_WINNERS_LR, Plan, pairs
 from droptune.verdict.evidence import Evidence, usable
 from droptune.verdict.findings import mean_curve, values_at_objective
@@ -31,6 +31,7 @@ def hints(evidence: Evidence, plan: Plan, compared: Sequence[Comparison]) -> tup
         *_budget_too_short(evidence, plan),
         *_no_test_set(evidence, plan, compared),
         *_failures(evidence),
+        *_not_scored(evidence, plan),
         *_small_search(evidence),
     )
 
@@ -156,10 +157,13 @@ def _no_test_set(evidence: Evidence, plan: Plan, compared: Sequence[Comparison])
     if not plan.decided or not any(one.data == "validation" for one in compared):
         return
     same = evidence.spec.confirm.splits == "same"
-    why = "there is no test set" if not evidence.sizes.get("test") else "no test scores are stored"
+    folds = "`confirm: {splits: folds}` would help where droptune splits off the validation data"
+    metric = metric_name(evidence.objective.metric)
+    test_set = evidence.sizes.get("test")
+    why = f"{metric} was not measured on the test set" if test_set else "there is no test set"
     yield (
         f"{why}: the intervals are from the validation set that the search has used, hence "
-        "optimistic" + ("; `confirm: {splits: folds}` would help" if same else "")
+        "optimistic" + (f"; {folds}" if same else "")
     )
 
 
@@ -172,6 +176,19 @@ def _failures(evidence: Evidence) -> Iterator[str]:
             f"{len(failed)} of {len(confirmations)} confirmations failed "
             f"({', '.join(labels)}: {failed[0].reason or 'no finite objective'}); their pairs "
             "are left out"
+        )
+
+
+def _not_scored(evidence: Evidence, plan: Plan) -> Iterator[str]:
+    """Confirmations without a finite score on the test set, where others have one."""
+    metric = evidence.objective.metric
+    ended = [r for r in evidence.confirmations.values() if usable(r)]
+    lost = [r for r in ended if test_scores(evidence, r, metric) is None]
+    if plan.decided and 0 < len(lost) < len(ended):
+        labels = ", ".join(sorted({r.training.label for r in lost}))
+        yield (
+            f"{metric_name(metric)} is not finite on the test set for {len(lost)} of "
+            f"{counted(len(ended), 'confirmation')} ({labels}); their pairs are left out"
         )
 
 

@@ -389,6 +389,39 @@ def test_without_test_scores_the_interval_is_called_optimistic(confirmed):
     assert any("optimistic" in hint for hint in verdict.hints)
 
 
+def test_pairs_without_a_finite_test_score_are_left_out(confirmed):
+    ruined = next(
+        r.training.id
+        for r in confirmed.records
+        if r.training.label == "none" and r.training.seed_index == 0
+    )
+    nan = {"nll": np.full(200, np.nan)}
+    verdict = judge(replace(confirmed, scores={**confirmed.scores, ruined: nan}))
+    main = verdict.comparison("none")
+    assert 0 not in main.seeds
+    assert main.data == "test"
+    assert any("NLL is not finite on the test set for 1 of" in hint for hint in verdict.hints)
+    json.dumps(verdict.to_json(), allow_nan=False)
+
+
+def test_one_pair_alone_is_no_verdict(confirmed):
+    """Every training of no dropout but one has failed; the author's rates are compared."""
+    failed = tuple(
+        replace(r, state=State.FAIL, values=None, reason="loss is NaN")
+        if r.training.kind is TrainingKind.CONFIRMATION
+        and not any(assigned(r).rates.values())
+        and r.training.seed_index != 1
+        else r
+        for r in confirmed.records
+    )
+    spec = make_spec(confirm={"max_seeds": 3})
+    verdict = judge(replace(confirmed, spec=spec, records=failed))
+    assert verdict.comparison("none").difference.seeds == 1
+    assert verdict.outcome == "undetected"
+    assert "[no interval]" in verdict.sentence
+    assert "one pair of trainings cannot tell it from chance" in verdict.sentence
+
+
 def test_a_verdict_is_json(confirmed, searched):
     for evidence in (confirmed, searched):
         text = json.dumps(judge(evidence).to_json(), allow_nan=False)
