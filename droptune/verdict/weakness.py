@@ -25,7 +25,7 @@ def hints(evidence: Evidence, plan: Plan, compared: Sequence[Comparison]) -> tup
     """What limits this study, most important first; empty where nothing does."""
     return (
         *_not_confirmed(plan),
-        *_validation_too_small(evidence, compared),
+        *_validation_too_small(evidence),
         *_metric_cannot_tell(evidence, plan, compared),
         *_too_few_seeds(evidence, compared),
         *_budget_too_short(evidence, plan),
@@ -48,19 +48,19 @@ def _primary(compared: Sequence[Comparison]) -> Comparison | None:
     return found.get("none", found.get(AT_WINNERS_LR))
 
 
-def _validation_too_small(evidence: Evidence, compared: Sequence[Comparison]) -> Iterator[str]:
+def _validation_too_small(evidence: Evidence) -> Iterator[str]:
     metric, size = evidence.objective.metric, evidence.sizes.get("validation")
-    values = [r.value for r in evidence.trials if r.value is not None]
-    if metric not in COUNTED or not size or not values:
+    values = sorted((r.value or 0.0 for r in evidence.trials), reverse=evidence.sign > 0)
+    if metric not in COUNTED or not size or len(values) < 8:
         return
-    best = max(values) if evidence.sign > 0 else min(values)
-    error = binomial_error(best, size)
-    spread = float(np.subtract(*np.percentile(values, [75, 25])))
+    error = binomial_error(values[0], size)
+    spread = abs(values[len(values) // 4 - 1] - values[0])
     if math.sqrt(2) * error > spread / 2:
         yield (
-            f"{size} validation examples measure {metric} to ± {100 * error:.2f} points (one "
-            f"standard error), while half of all trials lie within {100 * spread:.2f} points: "
-            "the search hardly sees which is better; use a larger validation set or objective nll"
+            f"validation cannot tell which of the better rates are best: {size} examples measure "
+            f"{metric} to ± {100 * error:.2f} points (one standard error), and the best quarter of "
+            f"all trials lies within {100 * spread:.2f} points; use a larger validation set or "
+            "objective nll"
         )
 
 
@@ -108,12 +108,13 @@ def _too_few_seeds(evidence: Evidence, compared: Sequence[Comparison]) -> Iterat
     elif first.stopped in ("budget", "seeds") and abs(found.mean) > found.error:
         needed = _seeds_for(abs(found.mean), found, evidence.overlap)
         seen = difference(metric, found.mean, found.error)
+        more = f"droptune study confirm {evidence.spec.name} --max-seeds {needed}"
         yield (
             f"no number of seeds on the same data would show the {seen} seen here: it needs more "
             "data"
             if needed is None
             else f"about {needed} seeds would show a true difference of the {seen} seen here: "
-            "raise confirm.max_seeds (or confirm.share) and run `droptune study confirm` again"
+            f"`{more}` queues them"
         )
 
 
@@ -121,7 +122,7 @@ def _seeds_for(effect: float, seen: Difference, overlap: float) -> int | None:
     """Seeds that show an effect with 80 % power (normal approximation plus two)."""
     variance = seen.seed_error**2 / (1 / seen.seeds + overlap)
     left = (effect / (1.96 + 0.84)) ** 2 / variance - overlap
-    return math.ceil(1 / left) + 2 if left > 0 else None
+    return max(math.ceil(1 / left) + 2, seen.seeds + 1) if left > 0 else None
 
 
 def _budget_too_short(evidence: Evidence, plan: Plan) -> Iterator[str]:
