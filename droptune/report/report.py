@@ -14,7 +14,7 @@ from droptune.script import script
 from droptune.search.audit import Audit
 from droptune.verdict.evidence import Evidence
 from droptune.verdict.verdict import Verdict, members
-from droptune.verdict.wording import better_word, difference, level, metric_name
+from droptune.verdict.wording import better_word, counted, difference, level, metric_name
 
 FORMATS = ("html", "markdown", "text", "json")
 MEANINGS = {
@@ -60,7 +60,8 @@ def standing(verdict: Verdict) -> str:
     if not verdict.confirmed:
         return "from the search alone"
     seeds = verdict.comparisons[0].difference.seeds
-    return f"confirmed on {seeds} fresh seeds, {verdict.objective['data']} data"
+    data = verdict.objective["data"]
+    return f"confirmed on {counted(seeds, 'fresh seed')}, {data} data; in brackets: 95 % intervals"
 
 
 def conditions(evidence: Evidence) -> str:
@@ -71,9 +72,11 @@ def conditions(evidence: Evidence) -> str:
     samples = f", {train} training examples" if train else ""
     means = [MEANINGS[objective.metric]] if objective.metric in MEANINGS else []
     said = "; ".join([*means, f"{better_word(objective)} is better"])
+    many = len(evidence.spec.objectives)
+    first = f", the first of {many}" if many > 1 else ""
     return (
-        f"objective {metric_name(objective.metric)} ({said}), {taken} of {evidence.intervals} "
-        f"intervals{samples}; the rates hold for this length and this data"
+        f"objective {metric_name(objective.metric)}{first} ({said}), {taken} of "
+        f"{evidence.intervals} intervals{samples}; the rates hold for this length and this data"
     )
 
 
