@@ -116,7 +116,7 @@ class Evidence:
         return {index: r for index, r in found.items() if r is not None and usable(r)}
 
     def scaled(self, record: Record) -> Scaled | None:
-        """What temperature scaling does to a training; None without finite logits of the test set."""
+        """What temperature scaling does to a training on the test set; None if not known."""
         scores = self.scores.get(record.training.id, {})
         if "logits" not in scores or "targets" not in scores:
             return None
