@@ -285,10 +285,10 @@ def gain(evidence: Evidence, ours: Sequence[Record], theirs: Sequence[Record]) -
 
 def _why(stops: Mapping[str, Stop]) -> str:
     words = {
-        "decided": "decided",
-        "hopeless": "not decidable with the seeds allowed",
-        "seeds": "undecided after all seeds",
-        "budget": "undecided when the share of the budget was spent",
+        "decided": "decided on validation",
+        "hopeless": "given up on validation: not decidable with the seeds allowed",
+        "seeds": "all seeds spent",
+        "budget": "the share of the budget spent",
     }
     return "; ".join(f"{label}: {words[stop.why]}" for label, stop in stops.items())
 

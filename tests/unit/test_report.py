@@ -10,7 +10,7 @@ import pytest
 from simulated import confirm, fashion, make_spec, pruned, search
 
 from droptune.errors import UsageError
-from droptune.report.report import badge, code, html, markdown, render, text
+from droptune.report.report import badge, code, curse, html, markdown, render, text
 from droptune.report.tables import Table
 from droptune.verdict.verdict import judge
 from droptune.verdict.wording import change, difference, interval, level, rate
@@ -106,6 +106,20 @@ def test_the_code_is_python(study):
     lines = code(*study)
     compile(lines, "pasted", "exec")
     assert "droptune.apply_rates(model" in lines
+
+
+@pytest.mark.parametrize(
+    ("excess", "none", "said"),
+    [
+        (0.02, 0.01, "flattered it by 0.020 nats (no dropout by 0.010 nats; all"),
+        (0.02, -0.01, "flattered it by 0.020 nats (no dropout by 0.010 nats, the other way; all"),
+        (-0.02, -0.01, "was too hard on it by 0.020 nats (no dropout by 0.010 nats; all"),
+    ],
+)
+def test_which_way_the_search_was_wrong(study, excess, none, said):
+    evidence, verdict = study
+    found = replace(verdict.curse, excess=excess, none=none, error=0.01)
+    assert said in curse(evidence, replace(verdict, curse=found))
 
 
 def test_tables_escape_what_would_break_them():
