@@ -35,8 +35,8 @@ BADGES = {
     "better": "dropout helps",
     "worse": "dropout hurts",
     "undetected": "no detectable difference",
-    "learning_rate": "the learning rate's gain",
-    "none": "nothing compared",
+    "learning_rate": "not shown to be dropout's gain",
+    "none": "no dropout failed",
 }
 
 

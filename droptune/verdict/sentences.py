@@ -29,21 +29,31 @@ def headline(evidence: Evidence, outcome: str, found: Found) -> str:
     """The answer in one sentence."""
     first = found.get("none", found.get(AT_WINNERS_LR))
     if first is None:
-        return "Nothing could be compared: no training without dropout ended well."
+        return "No verdict on dropout: no training without it ended well on fresh seeds."
     if outcome == "better":
         return f"Dropout helps: {_by(evidence, first)} than without dropout{_fairly(first)}."
     if outcome == "worse":
         return f"Dropout hurts: even the best found has {_by(evidence, first)}{_than_none(first)}."
     if outcome == "learning_rate":
-        twin = found[AT_WINNERS_LR]
-        return (
-            f"The gain is the learning rate's, not dropout's: {_by(evidence, first)} than without "
-            "dropout at its own learning rate, but no dropout at the winner's learning rate does "
-            f"as well (there dropout changes it by {_change(evidence, twin)})."
-        )
+        return _learning_rates(evidence, first, found[AT_WINNERS_LR])
     return (
         f"No detectable difference: dropout {_effect(evidence, first)}{_fairly(first)}; "
         f"{_detectable(evidence, first.difference)}."
+    )
+
+
+def _learning_rates(evidence: Evidence, own: Comparison, twin: Comparison) -> str:
+    """Better than no dropout at its own learning rate, but not at the winner's."""
+    seen = f"{_by(evidence, own)} than without dropout at its own learning rate"
+    if twin.outcome == "worse":
+        return (
+            f"The gain is the learning rate's, not dropout's: {seen}, but with the winner's "
+            f"learning rate for both dropout makes it worse (by {_change(evidence, twin)})."
+        )
+    return (
+        f"The gain may be the learning rate's, not dropout's: {seen}, but with the winner's "
+        "learning rate for both no difference is detected (dropout changes it by "
+        f"{_change(evidence, twin)})."
     )
 
 
@@ -159,12 +169,12 @@ def scaling_sentence(evidence: Evidence, scaled: Comparison | None) -> str:
 def provisional_headline(evidence: Evidence, winner: Member | None, none: Member | None) -> str:
     """What the search alone says, labelled as unconfirmed."""
     if winner is None or winner.promised is None:
-        return "NOT CONFIRMED: no trial with dropout has ended yet."
+        return "NOT CONFIRMED: no trial with dropout has completed."
     metric = evidence.objective.metric
     best = f"NOT CONFIRMED: the best trial with dropout has {metric_name(metric)} "
     best += level(metric, winner.promised)
     if none is None or none.promised is None:
-        return f"{best}; no trial without dropout has ended yet."
+        return f"{best}; no trial without dropout has completed."
     lead = evidence.sign * (winner.promised - none.promised)
     size = difference(metric, lead, abs(lead) / 3)
     return (
@@ -173,7 +183,7 @@ def provisional_headline(evidence: Evidence, winner: Member | None, none: Member
     )
 
 
-def recommendation_reason(choice: str, outcome: str, *, beaten: bool) -> str:
+def recommendation_reason(choice: str, outcome: str, *, beaten: bool, confirmed: bool) -> str:
     """Why these rates; `beaten`: the author's rates or 0.5 beat the winner."""
     if choice == "author":
         return (
@@ -191,6 +201,8 @@ def recommendation_reason(choice: str, outcome: str, *, beaten: bool) -> str:
         )
     if outcome == "undetected":
         return "the best guess: it leads, but the lead is not proven"
-    if outcome == "none":
+    if not confirmed:
         return "the best of the search, not confirmed"
+    if outcome == "none":
+        return "the best dropout found; no dropout failed on fresh seeds"
     return "the smallest rates within one standard error of the best, confirmed on fresh seeds"

@@ -4,7 +4,7 @@ better         the winner beats no dropout, also at the winner's own learning ra
 learning_rate  it beats no dropout at that one's own learning rate, but not at the winner's
 undetected     no difference was detected
 worse          no dropout is better than the best dropout found
-none           nothing could be compared
+none           no training without dropout could be compared
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def judge(evidence: Evidence) -> Verdict:
     confirmed = planned.decided and any(one.difference.seeds > 1 for one in compared)
     winner = planned.winner or _leading(evidence)
     outcome = _outcome(compared) if confirmed else "none"
-    recommended = _recommend(evidence, planned, compared, winner, outcome)
+    recommended = _recommend(planned, compared, winner, outcome, confirmed=confirmed)
     found = recommended.assignment if recommended else None
     slices = surface.slices(winner.assignment) if surface and winner else ()
     sites = site_findings(evidence, slices, found, winner.assignment) if found and winner else ()
@@ -215,11 +215,12 @@ def _objective(evidence: Evidence, compared: Sequence[Comparison]) -> dict[str, 
 
 
 def _recommend(
-    evidence: Evidence,
     planned: Plan,
     compared: Sequence[Comparison],
     winner: Member | None,
     outcome: str,
+    *,
+    confirmed: bool,
 ) -> Recommendation | None:
     """The winner where it is better, or leads by more than one standard error; else no dropout.
 
@@ -231,14 +232,15 @@ def _recommend(
         return None
     members = {member.label: member for member in planned.compared}
     found = {one.against: one for one in compared}
-    ahead = _ahead(found) if outcome != "none" else None
+    ahead = _ahead(found) if confirmed else None
     if ahead is not None and _leads_most(ahead, found):
         choice, member = ahead.against, members[ahead.against]
     elif outcome in ("better", "none") or (outcome == "undetected" and _leads(found)):
         choice, member = "winner", winner
     else:
         choice, member = "none", _better_none(found, members)
-    reason = recommendation_reason(choice, outcome, beaten=ahead is not None)
+    beaten = ahead is not None
+    reason = recommendation_reason(choice, outcome, beaten=beaten, confirmed=confirmed)
     return Recommendation(choice, member.assignment, member.trial, reason)
 
 

@@ -200,7 +200,7 @@ def _small_search(evidence: Evidence) -> Iterator[str]:
         yield f"{failed} of {len(finished)} trials failed: the range of lr may reach too high"
     if not evidence.trials:
         return
-    rates = sum(1 for one in find_inputs(evidence, evidence.trials) if one.paths)
+    rates = max(sum(1 for one in find_inputs(evidence, evidence.trials) if one.paths), 1)
     if len(evidence.trials) < 5 * (rates + 1):
         share = ", or groups of sites that share a rate," if rates > 1 else ""
         many = len(evidence.trials)

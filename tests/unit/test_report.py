@@ -93,7 +93,7 @@ def test_an_unknown_format_is_refused_in_one_line(study):
 def test_a_study_without_trials_has_a_report(searched):
     empty = replace(searched, records=())
     for format in ("html", "markdown", "text", "json"):
-        assert "no trial with dropout has ended" in render(empty, judge(empty), format)
+        assert "no trial with dropout has completed" in render(empty, judge(empty), format)
 
 
 def test_a_study_of_few_trials_has_a_report(searched):

@@ -327,7 +327,7 @@ def test_another_baseline_is_recommended_only_ahead_of_no_dropout(confirmed, riv
         if one.against in means
     ]
     assert {one.outcome for one in compared} == {"worse"}
-    found = _recommend(confirmed, planned, compared, planned.winner, "worse")
+    found = _recommend(planned, compared, planned.winner, "worse", confirmed=True)
     assert found.choice == (rival if ahead else "none")
     assert ("by more than any other baseline" in found.reason) == (not ahead)
 
@@ -420,6 +420,20 @@ def test_one_pair_alone_is_no_verdict(confirmed):
     assert verdict.outcome == "undetected"
     assert "[no interval]" in verdict.sentence
     assert "one pair of trainings cannot tell it from chance" in verdict.sentence
+
+
+def test_without_any_training_of_no_dropout_there_is_no_verdict_on_it(confirmed):
+    failed = tuple(
+        replace(r, state=State.FAIL, values=None, reason="loss is NaN")
+        if r.training.kind is TrainingKind.CONFIRMATION and not any(assigned(r).rates.values())
+        else r
+        for r in confirmed.records
+    )
+    spec = make_spec(confirm={"max_seeds": 3})
+    verdict = judge(replace(confirmed, spec=spec, records=failed))
+    assert verdict.outcome == "none"
+    assert verdict.sentence.startswith("No verdict on dropout")
+    assert verdict.recommended.reason == "the best dropout found; no dropout failed on fresh seeds"
 
 
 def test_a_verdict_is_json(confirmed, searched):
