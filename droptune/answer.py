@@ -271,9 +271,9 @@ def code(study: Study) -> str:
     """Lines to paste into a training script: the whole configuration, and where it is from."""
     verdict = study.verdict()
     assignment = _chosen(study, study.progress())
-    return script(
-        assignment, study.sites, _heading(study), _sentences(study, verdict)[0], _shape(study)
-    )
+    lines = _sentences(study, verdict)
+    said = lines[: lines.index(verdict["sentence"]) + 1] if verdict else lines
+    return script(assignment, study.sites, _heading(study), *said, _shape(study))
 
 
 def _shape(study: Study) -> str:
