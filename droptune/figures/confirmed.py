@@ -62,7 +62,7 @@ def _fits(records: Sequence[Record], key: str, shown: Sequence[Array]) -> bool:
     late = np.concatenate([rows[:, rows.shape[1] // EARLY :].ravel() for rows in shown])
     ends = [record.curves[key][-1] for record in records]
     low, high = min(float(late.min()), *ends), max(float(late.max()), *ends)
-    return high - low <= 4 * float(late.max() - late.min())
+    return high - low <= 2.5 * float(late.max() - late.min())
 
 
 def _stack(records: Sequence[Record], key: str) -> tuple[Array, Array] | None:

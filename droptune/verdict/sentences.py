@@ -171,14 +171,14 @@ def provisional_headline(evidence: Evidence, winner: Member | None, none: Member
     if winner is None or winner.promised is None:
         return "NOT CONFIRMED: no trial with dropout has completed."
     metric = evidence.objective.metric
-    best = f"NOT CONFIRMED: the best trial with dropout has {metric_name(metric)} "
+    best = f"NOT CONFIRMED: the leading trial with dropout has {metric_name(metric)} "
     best += level(metric, winner.promised)
     if none is None or none.promised is None:
         return f"{best}; no trial without dropout has completed."
     lead = evidence.sign * (winner.promised - none.promised)
     size = difference(metric, lead, abs(lead) / 3)
     return (
-        f"{best}, {size} {_word(evidence, lead)} than the best without dropout "
+        f"{best}, {size} {_word(evidence, lead)} than the leading one without "
         f"({level(metric, none.promised)}); one training each, so chance is not excluded."
     )
 
