@@ -105,6 +105,11 @@ def _too_few_seeds(evidence: Evidence, compared: Sequence[Comparison]) -> Iterat
             f"the {found.examples} test examples limit the comparison more than the "
             f"{found.seeds} seeds do: a larger test set would help, more seeds would not"
         )
+    elif first.stopped == "decided" and first.data == "test":
+        yield (
+            f"validation was sure of a difference after {found.seeds} seeds, the test set is not: "
+            "a new study with a larger confirm.min_seeds would tell more"
+        )
     elif first.stopped in ("budget", "seeds") and abs(found.mean) > found.error:
         needed = _seeds_for(abs(found.mean), found, evidence.overlap)
         seen = difference(metric, found.mean, found.error)

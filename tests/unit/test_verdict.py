@@ -24,6 +24,7 @@ from droptune.verdict.member import best_baselines, front_runners, noise_aware
 from droptune.verdict.sentences import winners_lr_sentence
 from droptune.verdict.statistics import paired
 from droptune.verdict.verdict import _recommend, judge
+from droptune.verdict.weakness import hints
 
 
 def lr_part(lr):
@@ -568,6 +569,14 @@ def test_a_metric_that_cannot_tell_is_named(whole):
     assert verdict.outcome == "undetected"
     assert any("accuracy cannot tell, but validation NLL can" in hint for hint in verdict.hints)
     assert any("validation cannot tell which of the better" in hint for hint in verdict.hints)
+
+
+def test_a_difference_that_validation_alone_was_sure_of_is_named(confirmed):
+    planned = plan(confirmed)
+    first = compare(confirmed, planned)[0]
+    unsure = replace(first, difference=paired(np.array([0.01, -0.02, 0.03])), stopped="decided")
+    assert any("the test set is not" in hint for hint in hints(confirmed, planned, [unsure]))
+    assert not any("the test set is not" in hint for hint in hints(confirmed, planned, [first]))
 
 
 def test_a_training_that_still_improves_is_named(whole):
