@@ -122,9 +122,10 @@ TWIN = "none at the winner's lr"
 
 
 def _summary(made) -> dict:
-    verdicts = [verdict for _, verdict in made]
-    main = [(verdict.comparison("none"), truths[0]) for truths, verdict in made]
-    twin = [(verdict.comparison(TWIN), truths[1]) for truths, verdict in made]
+    verdicts = [verdict for *_, verdict in made]
+    main = [(verdict.comparison("none"), truths[0]) for truths, _, verdict in made]
+    twin = [(verdict.comparison(TWIN), truths[1]) for truths, _, verdict in made]
+    lost = np.mean([lost for _, lost, _ in made], axis=0)
     holds = lambda pairs: float(  # noqa: E731
         np.mean([c.difference.low <= t <= c.difference.high for c, t in pairs if c is not None])
     )
@@ -136,6 +137,8 @@ def _summary(made) -> dict:
         "above none": float(np.mean([c.outcome == "better" for c, _ in main])),
         "search flattered by": float(np.mean([v.curse.excess for v in verdicts])),
         "seeds": float(np.mean([c.difference.seeds for c, _ in main])),
+        "winner's lr costs": float(lost[0]),
+        "none's lr costs": float(lost[1]),
         "power computed": "",
     }
 
@@ -147,9 +150,11 @@ def _judged(number: int, gain: float, share: float, lr_matters: bool):
     against no dropout is that of the sequential rule alone.
     """
 
+    def of_lr(lr):
+        return 0.02 * np.log10(lr / 1.7e-3) ** 2 if lr_matters else 0.0
+
     def loss(rates, lr):
-        best = 0.5 + (0.02 * np.log10(lr / 1.7e-3) ** 2 if lr_matters else 0.0)
-        return best - (gain if sum(rates.values()) > 0 else 0.0)
+        return 0.5 + of_lr(lr) - (gain if sum(rates.values()) > 0 else 0.0)
 
     rng = np.random.default_rng([3, number])
     noise = 0.05 if lr_matters else 0.0
@@ -162,7 +167,8 @@ def _judged(number: int, gain: float, share: float, lr_matters: bool):
     for label in ("none", TWIN):
         other = verdict.comparison(label)
         truths.append(np.nan if other is None else world.truth(other.assignment) - ours)
-    return truths, verdict
+    lost = [of_lr(verdict.winner.assignment.lr), of_lr(verdict.comparison("none").assignment.lr)]
+    return truths, lost, verdict
 
 
 def table(rows: list[dict]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -108,7 +109,11 @@ def _confirmed(
         and r.training.seed_index in one["seeds"]
         and r.state is State.COMPLETE
     ]
-    keys = [key for key in (mine[0] if mine else {}) if all(key in values for values in mine)]
+    keys = [
+        key
+        for key in (mine[0] if mine else {})
+        if all(math.isfinite(values.get(key, math.nan)) for values in mine)
+    ]
     means = {key: fmean(values[key] for values in mine) for key in keys}
     return Confirmed(one["against"], assignment, len(mine), means)
 
@@ -266,9 +271,9 @@ def code(study: Study) -> str:
     """Lines to paste into a training script: the whole configuration, and where it is from."""
     verdict = study.verdict()
     assignment = _chosen(study, study.progress())
-    return script(
-        assignment, study.sites, _heading(study), _sentences(study, verdict)[0], _shape(study)
-    )
+    lines = _sentences(study, verdict)
+    said = lines[: lines.index(verdict["sentence"]) + 1] if verdict else lines
+    return script(assignment, study.sites, _heading(study), *said, _shape(study))
 
 
 def _shape(study: Study) -> str:

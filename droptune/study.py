@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from droptune.errors import StorageError, StudyChangedError
+from droptune.errors import StorageError, StudyChangedError, UsageError
 from droptune.progress import Progress, best, measure
 from droptune.recorder import Decision, Items
 from droptune.sites.site import Site
@@ -310,7 +310,7 @@ class Study:
 
         Ends a search that is still going on; while some of it is trained, workers queue when that
         has ended, and None is returned. StorageError where nothing may start any more,
-        or where no group can be left out.
+        or where no group can be left out; UsageError for fewer seeds than the least.
         """
         from droptune.verdict.confirmation import ablated_members, plan
 
@@ -321,6 +321,12 @@ class Study:
                 "and run that again"
             )
 
+        least = self.spec.confirm.min_seeds
+        if max_seeds is not None and max_seeds < least:
+            raise UsageError(
+                f"{max_seeds} seeds at most are fewer than confirm.min_seeds of study "
+                f"{self.name!r}: give {least} or more"
+            )
         changes: dict[str, Any] = {"enabled": True}
         changes |= {} if top is None else {"top": top}
         changes |= {} if max_seeds is None else {"max_seeds": max_seeds}

@@ -279,11 +279,14 @@ def confirm(
     """Queue confirmations (or more of them) for the workers; trains nothing itself."""
     study = open_study(name, storage)
     queued = study.confirm(top=top, max_seeds=max_seeds, ablate=ablate)
+    going_on = _worker(name, storage)
+    if study.phase() == "stopped":
+        going_on = command("study", "resume", name, storage=storage)
     if queued is None:
         print("no new trials; confirmations are queued when those begun have ended")
-        print(f"next: {_worker(name, storage)}")
+        print(f"next: {going_on}")
     elif queued:
-        print(f"{counted(queued, 'training')} queued; next: {_worker(name, storage)}")
+        print(f"{counted(queued, 'training')} queued; next: {going_on}")
     else:
         print("nothing to queue: what was asked for is confirmed or queued already")
 

@@ -62,7 +62,7 @@ def _fits(records: Sequence[Record], key: str, shown: Sequence[Array]) -> bool:
     late = np.concatenate([rows[:, rows.shape[1] // EARLY :].ravel() for rows in shown])
     ends = [record.curves[key][-1] for record in records]
     low, high = min(float(late.min()), *ends), max(float(late.max()), *ends)
-    return high - low <= 4 * float(late.max() - late.min())
+    return high - low <= 2.5 * float(late.max() - late.min())
 
 
 def _stack(records: Sequence[Record], key: str) -> tuple[Array, Array] | None:
@@ -127,8 +127,7 @@ def differences(evidence: Evidence, verdict: Verdict) -> Figure:
     for row, one in enumerate(reversed(shown)):
         colour = COLOURS.get(one.against, COLOURS["winner"])
         found = one.difference
-        bounded = np.isfinite(found.high)
-        if bounded:
+        if found.bounded:
             axes.plot([factor * found.low, factor * found.high], [row, row], color=colour, lw=2.2)
         axes.plot(
             factor * np.array(one.each), [row - 0.24] * len(one.each), "|", color=colour, ms=5

@@ -235,17 +235,21 @@ def gap(evidence: Evidence) -> Figure | None:
     metric = evidence.objective.metric
     keys = (f"train/{metric}", evidence.objective.key)
     held = [r for r in evidence.trials if all(r.curves.get(key) for key in keys)]
-    if len(held) < 5:
+    ends = [[r.curves[key][-1] for key in keys] for r in held]
+    gaps = np.array([evidence.sign * (training - validation) for training, validation in ends])
+    rates = np.array([assigned(record).mean_rate for record in held])
+    known = np.isfinite(gaps)
+    if known.sum() < 5:
         return None
-    gaps = [evidence.sign * (r.curves[keys[0]][-1] - r.curves[keys[1]][-1]) for r in held]
-    rates = [assigned(record).mean_rate for record in held]
+    gaps, rates = gaps[known], rates[known]
     figure, axes = blank(4.8, 2.8)
     axes.axhline(0, color=INK, lw=0.8)
     axes.plot(
         rates, gaps, "o", color=COLOURS["winner"], ms=3.5, alpha=0.7, mew=0,
         rasterized=len(held) > MANY,
     )  # fmt: skip
-    axes.set_ylim(min(0.0, *gaps), 1.08 * float(np.quantile(gaps, 0.95)))
+    room = 0.08 * float(np.ptp(gaps) or 1.0)
+    axes.set_ylim(min(0.0, gaps.min() - room), max(0.0, float(np.quantile(gaps, 0.95)) + room))
     axes.set_xlabel("mean rate over all sites")
     axes.set_ylabel(f"{metric_name(metric)}: training ahead of validation")
     return figure

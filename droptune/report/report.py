@@ -14,7 +14,14 @@ from droptune.script import script
 from droptune.search.audit import Audit
 from droptune.verdict.evidence import Evidence
 from droptune.verdict.verdict import Verdict, members
-from droptune.verdict.wording import better_word, difference, level, metric_name
+from droptune.verdict.wording import (
+    better_word,
+    counted,
+    difference,
+    duration,
+    level,
+    metric_name,
+)
 
 FORMATS = ("html", "markdown", "text", "json")
 MEANINGS = {
@@ -28,8 +35,8 @@ BADGES = {
     "better": "dropout helps",
     "worse": "dropout hurts",
     "undetected": "no detectable difference",
-    "learning_rate": "the learning rate's gain",
-    "none": "nothing compared",
+    "learning_rate": "not shown to be dropout's gain",
+    "none": "no dropout failed",
 }
 
 
@@ -60,7 +67,8 @@ def standing(verdict: Verdict) -> str:
     if not verdict.confirmed:
         return "from the search alone"
     seeds = verdict.comparisons[0].difference.seeds
-    return f"confirmed on {seeds} fresh seeds, {verdict.objective['data']} data"
+    data = verdict.objective["data"]
+    return f"confirmed on {counted(seeds, 'fresh seed')}, {data} data; in brackets: 95 % intervals"
 
 
 def conditions(evidence: Evidence) -> str:
@@ -71,9 +79,11 @@ def conditions(evidence: Evidence) -> str:
     samples = f", {train} training examples" if train else ""
     means = [MEANINGS[objective.metric]] if objective.metric in MEANINGS else []
     said = "; ".join([*means, f"{better_word(objective)} is better"])
+    many = len(evidence.spec.objectives)
+    first = f", the first of {many}" if many > 1 else ""
     return (
-        f"objective {metric_name(objective.metric)} ({said}), {taken} of {evidence.intervals} "
-        f"intervals{samples}; the rates hold for this length and this data"
+        f"objective {metric_name(objective.metric)}{first} ({said}), {taken} of "
+        f"{evidence.intervals} intervals{samples}; the rates hold for this length and this data"
     )
 
 
@@ -86,15 +96,8 @@ def cost(evidence: Evidence, verdict: Verdict) -> str:
     ended = f"{counts['completed']} completed, {counts['pruned']} pruned, {counts['failed']} failed"
     return (
         f"{counts['trials']} trials ({ended}) and {counts['confirmations']} confirmations: "
-        f"{counts['intervals']} intervals, {_duration(seconds)} of slot time"
+        f"{counts['intervals']} intervals, {duration(seconds)} of slot time"
     )
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def curse(evidence: Evidence, verdict: Verdict) -> str:
@@ -103,17 +106,17 @@ def curse(evidence: Evidence, verdict: Verdict) -> str:
     if found is None:
         return ""
     metric = evidence.objective.metric
-    flattered = "flattered it by" if found.excess > 0 else "was too low by"
+    judged = "flattered it" if found.excess > 0 else "was too hard on it"
     scale = max(found.error, abs(found.excess) / 10)
     common = ""
     if found.none is not None:
-        worse = "" if found.none > 0 else " the other way"
-        common = f" (no dropout by {difference(metric, found.none, scale)}{worse}: all "
+        turned = "" if found.none * found.excess >= 0 else ", the other way"
+        common = f" (no dropout by {difference(metric, found.none, scale)}{turned}; all "
         common += "trials share one data order)"
     return (
         f"In the search the winner had {metric_name(metric)} {level(metric, found.promised)}; on "
         f"fresh seeds it has {level(metric, found.delivered)} in validation: the search "
-        f"{flattered} {difference(metric, found.excess, scale)}{common}."
+        f"{judged} by {difference(metric, found.excess, scale)}{common}."
     )
 
 
@@ -126,8 +129,8 @@ def price(verdict: Verdict) -> str:
     more, low, high = (round(100 * (ratio - 1)) for ratio in ratios)
     return (
         f"An interval takes {found.winner:.3g} s with dropout and {found.none:.3g} s without "
-        f"({more:+d} %, [{low:+d}, {high:+d}] over pairs of one seed; what else ran on the "
-        "machine counts, and trainings fused in one group share their time)."
+        f"({more:+d} %, [{low:+d}, {high:+d}] over pairs of one seed; what else ran on the machine "
+        "counts)."
     )
 
 
@@ -144,6 +147,7 @@ def code(evidence: Evidence, verdict: Verdict) -> str:
 
 
 def _sections(evidence: Evidence, verdict: Verdict) -> list[tuple[str, list[str | Table | None]]]:
+    use = "Rates to use" if verdict.confirmed else "Best rates so far"
     reason = verdict.recommended.reason if verdict.recommended else ""
     overfit = verdict.overfitting.sentence if verdict.overfitting else ""
     together = verdict.interaction.sentence if verdict.interaction else ""
@@ -152,21 +156,25 @@ def _sections(evidence: Evidence, verdict: Verdict) -> list[tuple[str, list[str 
     audit = Audit.of(evidence.records, evidence.objective).sentence
     sections: list[tuple[str, list[str | Table | None]]] = [
         ("", [verdict.sentence, verdict.second, *verdict.details, overfit]),
-        ("Rates to use", [f"{reason}." if reason else "", tables.rates(evidence, verdict)]),
+        (use, [f"{_capitalised(reason)}." if reason else "", tables.rates(evidence, verdict)]),
+        ("What limits this study", [f"- {line}" for line in (*verdict.warnings, *verdict.hints)]),
         ("Comparisons", [shown, curse(evidence, verdict)]),
         ("All metrics", [tables.metrics(evidence, members(evidence, verdict))]),
         ("One group left out", [left_out]),
-        ("Importance", [tables.importance(evidence, verdict), together, *verdict.warnings]),
+        ("Importance", [tables.importance(evidence, verdict), together]),
         ("Calibration", [tables.calibration(verdict)]),
-        ("What limits this study", [f"- {hint}" for hint in verdict.hints]),
-        ("The search", [cost(evidence, verdict), f"{audit}.", price(verdict), verdict.plan]),
+        ("The search", [cost(evidence, verdict), f"{audit}.", price(verdict)]),
     ]
     return [(title, [part for part in parts if part]) for title, parts in sections]
 
 
 def markdown(evidence: Evidence, verdict: Verdict) -> str:
     """The report in Markdown."""
-    lines = [f"# {verdict.study}: {badge(verdict)}", "", f"*{conditions(evidence)}*"]
+    lines = [
+        f"# {verdict.study}: {badge(verdict)}",
+        "",
+        f"*{standing(verdict)}; {conditions(evidence)}*",
+    ]
     for title, parts in _sections(evidence, verdict):
         if parts and title:
             lines += ["", f"## {title}"]
@@ -177,7 +185,7 @@ def markdown(evidence: Evidence, verdict: Verdict) -> str:
 
 def text(evidence: Evidence, verdict: Verdict) -> str:
     """The report for a terminal."""
-    lines = [f"{verdict.study}: {badge(verdict).upper()}", conditions(evidence)]
+    lines = [f"{verdict.study}: {badge(verdict).upper()}", standing(verdict), conditions(evidence)]
     for title, parts in _sections(evidence, verdict):
         lines += ["", title.upper()] if parts and title else [""] if parts else []
         lines += [part.text() if isinstance(part, Table) else str(part) for part in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import stdev
@@ -196,7 +197,7 @@ def _measured(evidence: Evidence, record: Record, *, tested: bool) -> Mapping[st
 
 def _spread(metric: str, values: Sequence[float]) -> str:
     """`0.481 ± 0.004`, in the metric's own form."""
-    if not values:
+    if not values or not all(math.isfinite(value) for value in values):
         return "–"
     mean = sum(values) / len(values)
     if len(values) < 2:

@@ -11,7 +11,6 @@ import numpy as np
 from droptune.training import Assignment, Record
 from droptune.verdict.confirmation import (
     AT_WINNERS_LR,
-    Member,
     Plan,
     ablated_members,
     ablation_pairs,
@@ -19,6 +18,7 @@ from droptune.verdict.confirmation import (
     pairs,
 )
 from droptune.verdict.evidence import Evidence, Scores
+from droptune.verdict.member import Member
 from droptune.verdict.statistics import (
     ALPHA,
     Array,
@@ -137,12 +137,12 @@ def _one(
     evidence: Evidence, member: Member, both: Pairs, share: float, why: str, *, test: bool
 ) -> Comparison:
     indices, ours, theirs = both
-    measured = _tested(evidence, ours, theirs) if test else None
+    measured = _tested(evidence, both) if test else None
     if measured is None:
         rows: Array = gain(evidence, ours, theirs)
         data, mean, other = "validation", _mean(ours), _mean(theirs)
     else:
-        rows, mean, other = measured
+        indices, rows, mean, other = measured
         data = "test"
     found = paired(rows, share=share, overlap=evidence.overlap)
     each = rows if rows.ndim == 1 else rows.mean(axis=1)
@@ -164,29 +164,37 @@ def _mean(records: Sequence[Record]) -> float:
     return float(np.mean([record.value for record in records if record.value is not None]))
 
 
-def _tested(
-    evidence: Evidence, ours: Sequence[Record], theirs: Sequence[Record]
-) -> tuple[Array, float, float] | None:
-    """Differences on the test set ([seeds, examples], or [seeds]) and both means."""
+def _tested(evidence: Evidence, both: Pairs) -> tuple[list[int], Array, float, float] | None:
+    """Seed indices, differences on the test set ([seeds, examples], or [seeds]) and both means.
+
+    Pairs without finite scores on both sides are left out; None where fewer than two are left.
+    """
     metric = evidence.objective.metric
-    mine = [test_scores(evidence, record, metric) for record in ours]
-    others = [test_scores(evidence, record, metric) for record in theirs]
-    if any(one is None for one in (*mine, *others)):
+    known: list[tuple[int, Array, Array]] = []
+    for index, ours, theirs in zip(*both, strict=True):
+        a, b = (test_scores(evidence, record, metric) for record in (ours, theirs))
+        if a is not None and b is not None:
+            known.append((index, a, b))
+    if len(known) < 2:
         return None
-    a = np.stack([one for one in mine if one is not None])
-    b = np.stack([one for one in others if one is not None])
-    rows = evidence.sign * (a - b)
-    return rows if rows.shape[1] > 1 else rows[:, 0], float(a.mean()), float(b.mean())
+    indices, mine, others = zip(*known, strict=True)
+    first, second = np.stack(mine), np.stack(others)
+    rows = evidence.sign * (first - second)
+    rows = rows if rows.shape[1] > 1 else rows[:, 0]
+    return list(indices), rows, float(first.mean()), float(second.mean())
 
 
 def test_scores(evidence: Evidence, record: Record, metric: str) -> Array | None:
-    """Scores [N] of one training whose mean is its test metric, or [1] where only that is known."""
+    """Scores [N] of one training whose mean is its test metric, or [1] where only that is known.
+
+    None where they are not known, or not finite.
+    """
     scores = evidence.scores.get(record.training.id)
-    of_examples = None if scores is None else example_scores(metric, scores)
-    if of_examples is not None:
-        return of_examples
+    found = None if scores is None else example_scores(metric, scores)
     tested = evidence.tested.get(record.training.id, {})
-    return np.array([tested[metric]]) if metric in tested else None
+    if found is None and metric in tested:
+        found = np.array([tested[metric]])
+    return found if found is not None and bool(np.isfinite(found).all()) else None
 
 
 def example_scores(metric: str, scores: Scores) -> Array | None:

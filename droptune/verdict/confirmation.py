@@ -16,26 +16,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from droptune.progress import baselines, best
 from droptune.spec.spec import Confirm
 from droptune.training import Assignment, NewTraining, Record, Seeds, TrainingKind
-from droptune.verdict.evidence import BASELINES, Evidence, assigned, key, usable
+from droptune.verdict.evidence import Evidence, key, usable
+from droptune.verdict.member import Member, best_baselines, front_runners
 from droptune.verdict.statistics import ALPHA, Array, looks, settled
-from droptune.verdict.surface import Surface
 
 CHOICE = 100  # seed indices from here on choose the winner; those below are the verdict's
 AT_WINNERS_LR = "none at the winner's lr"
-SAME_RATE, SAME_LR = 0.05, 1.25  # closer than this, two trials are one front runner
-
-
-@dataclass(frozen=True)
-class Member:
-    """A configuration that is confirmed, and the trial of the search that it repeats."""
-
-    label: str
-    assignment: Assignment
-    trial: int | None = None
-    promised: float | None = None  # its objective in the search
 
 
 @dataclass(frozen=True)
@@ -172,69 +160,6 @@ def _last_seed(confirm: Confirm, allowance: float, baselines: int, choosing: int
     return min(confirm.max_seeds, confirm.min_seeds + further)
 
 
-def best_baselines(evidence: Evidence) -> tuple[Member, ...]:
-    """Each baseline at its own best: none, author, half, without those equal to an earlier one."""
-    direction = str(evidence.objective.direction)
-    zero = [r for r in evidence.trials if not evidence.has_dropout(assigned(r))]
-    found = {"none": best(zero, direction), **baselines(evidence.records, direction)}
-    members: dict[str, Member] = {}
-    for label in BASELINES:
-        record = found.get(label)
-        if record is not None:
-            members.setdefault(_rates(record), _member(record, label))
-    return tuple(members.values())
-
-
-def _rates(record: Record) -> str:
-    return key(replace(assigned(record), lr=1.0, values={}))
-
-
-def _member(record: Record, label: str | None = None) -> Member:
-    name = label or f"trial {record.training.number}"
-    return Member(name, assigned(record), record.training.number, record.value)
-
-
-def front_runners(evidence: Evidence, count: int) -> tuple[Member, ...]:
-    """The best trials with dropout by noise-aware value, no two alike, and the mildest of the best.
-
-    The noise-aware value is the mean of the response surface at the trial. The last place goes to
-    the smallest mean rate among the trials within one standard error of the best.
-    """
-    candidates = [r for r in evidence.trials if evidence.has_dropout(assigned(r))]
-    if not candidates:
-        return ()
-    benefit, error = noise_aware(evidence, candidates)
-    order = sorted(range(len(candidates)), key=lambda i: (-_rounded(float(benefit[i])), i))
-    best = order[0]
-    within = [i for i in order if benefit[i] >= benefit[best] - error[best]]
-    mildest = min(within, key=lambda i: (round(assigned(candidates[i]).mean_rate, 6), i))
-    ranked = order if count < 2 else [best, mildest, *order]
-    chosen: list[Record] = []
-    for index in ranked:
-        if len(chosen) < count and not any(_alike(candidates[index], c) for c in chosen):
-            chosen.append(candidates[index])
-    return tuple(_member(record) for record in chosen)
-
-
-def noise_aware(evidence: Evidence, trials: Sequence[Record]) -> tuple[Array, Array]:
-    """Benefit of trials [n] on the surface, with standard errors; raw where there is no surface."""
-    surface = Surface.of(evidence)
-    if surface is None:
-        return np.array([evidence.benefit(r) for r in trials]), np.zeros(len(trials))
-    return surface.benefit([assigned(record) for record in trials])
-
-
-def _rounded(value: float) -> float:
-    """To six digits: workers on different machines must rank alike."""
-    return float(f"{value:.6g}")
-
-
-def _alike(one: Record, other: Record) -> bool:
-    a, b = assigned(one), assigned(other)
-    close = all(abs(rate - b.rates.get(path, rate)) <= SAME_RATE for path, rate in a.rates.items())
-    return close and max(a.lr / b.lr, b.lr / a.lr) <= SAME_LR and a.values == b.values
-
-
 # -- what is missing ------------------------------------------------------------------------------
 
 
@@ -360,10 +285,10 @@ def gain(evidence: Evidence, ours: Sequence[Record], theirs: Sequence[Record]) -
 
 def _why(stops: Mapping[str, Stop]) -> str:
     words = {
-        "decided": "decided",
-        "hopeless": "not decidable with the seeds allowed",
-        "seeds": "undecided after all seeds",
-        "budget": "undecided when the share of the budget was spent",
+        "decided": "decided on validation",
+        "hopeless": "given up on validation: not decidable with the seeds allowed",
+        "seeds": "all seeds spent",
+        "budget": "the share of the budget spent",
     }
     return "; ".join(f"{label}: {words[stop.why]}" for label, stop in stops.items())
 

@@ -22,7 +22,7 @@ Scores = Mapping[str, Array]
 BASELINES = ("none", "author", "half")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """One study: its spec, sites and trainings, and the test scores of its confirmations.
 
@@ -116,16 +116,18 @@ class Evidence:
         return {index: r for index, r in found.items() if r is not None and usable(r)}
 
     def scaled(self, record: Record) -> Scaled | None:
-        """What temperature scaling does to a training on the test set; None without logits."""
+        """What temperature scaling does to a training on the test set; None if not known."""
         scores = self.scores.get(record.training.id, {})
         if "logits" not in scores or "targets" not in scores:
             return None
         if record.training.id not in self._scaled:
-            self._scaled[record.training.id] = scale(scores["logits"], scores["targets"])
+            logits = scores["logits"]
+            finite = bool(np.isfinite(logits).all())
+            self._scaled[record.training.id] = scale(logits, scores["targets"]) if finite else None
         return self._scaled[record.training.id]
 
     @cached_property
-    def _scaled(self) -> dict[int, Scaled]:
+    def _scaled(self) -> dict[int, Scaled | None]:
         return {}
 
     def benefit(self, record: Record) -> float:

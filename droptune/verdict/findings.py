@@ -11,8 +11,9 @@ import numpy as np
 
 from droptune.training import Assignment, Record
 from droptune.verdict.comparison import test_scores
-from droptune.verdict.confirmation import Plan, best_baselines
+from droptune.verdict.confirmation import Plan
 from droptune.verdict.evidence import Evidence
+from droptune.verdict.member import best_baselines
 from droptune.verdict.reliability import Reliability, pooled
 from droptune.verdict.statistics import Array, finite, paired
 from droptune.verdict.surface import Slice, Surface, interaction
@@ -276,6 +277,8 @@ def dropout_cost(
     if len(a) < 2 or not (np.all(a > 0) and np.all(b > 0)):
         return None
     ratio = paired(np.log(a / b))
+    if not ratio.bounded:
+        return None
     low, high = math.exp(ratio.low), math.exp(ratio.high)
     return DropoutCost(float(np.median(a)), float(np.median(b)), low, high)
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from droptune.verdict.comparison import Comparison
-from droptune.verdict.confirmation import AT_WINNERS_LR, Member
+from droptune.verdict.confirmation import AT_WINNERS_LR
 from droptune.verdict.evidence import Evidence
+from droptune.verdict.member import Member
 from droptune.verdict.statistics import Difference, paired
 from droptune.verdict.wording import (
     better_word,
@@ -28,27 +29,41 @@ def headline(evidence: Evidence, outcome: str, found: Found) -> str:
     """The answer in one sentence."""
     first = found.get("none", found.get(AT_WINNERS_LR))
     if first is None:
-        return "Nothing could be compared: no training without dropout ended well."
+        return "No verdict on dropout: no training without it ended well on fresh seeds."
     if outcome == "better":
         return f"Dropout helps: {_by(evidence, first)} than without dropout{_fairly(first)}."
     if outcome == "worse":
         return f"Dropout hurts: even the best found has {_by(evidence, first)}{_than_none(first)}."
     if outcome == "learning_rate":
-        twin = found[AT_WINNERS_LR]
-        return (
-            f"The gain is the learning rate's, not dropout's: {_by(evidence, first)} than without "
-            "dropout at its own learning rate, but no dropout at the winner's learning rate does "
-            f"as well (there dropout changes it by {_change(evidence, twin)})."
-        )
-    smallest = first.difference.detectable
+        return _learning_rates(evidence, first, found[AT_WINNERS_LR])
     return (
         f"No detectable difference: dropout {_effect(evidence, first)}{_fairly(first)}; "
-        f"{_detectable(evidence, smallest)}."
+        f"{_detectable(evidence, first.difference)}."
     )
 
 
-def _detectable(evidence: Evidence, smallest: float) -> str:
-    size = difference(evidence.objective.metric, smallest, smallest)
+def _learning_rates(evidence: Evidence, own: Comparison, twin: Comparison) -> str:
+    """Better than no dropout at its own learning rate, but not at the winner's."""
+    seen = f"{_by(evidence, own)} than without dropout at its own learning rate"
+    if twin.outcome == "worse":
+        return (
+            f"The gain is the learning rate's, not dropout's: {seen}, but with the winner's "
+            f"learning rate for both dropout makes it worse (by {_change(evidence, twin)})."
+        )
+    return (
+        f"The gain may be the learning rate's, not dropout's: {seen}, but with the winner's "
+        "learning rate for both no difference is detected (dropout changes it by "
+        f"{_change(evidence, twin)})."
+    )
+
+
+def _detectable(evidence: Evidence, found: Difference) -> str:
+    """What would have been seen, or why nothing can be."""
+    if found.seeds < 2:
+        return "one pair of trainings cannot tell it from chance"
+    if not found.bounded:
+        return "all seeds agree to the last digit, so chance cannot be judged"
+    size = difference(evidence.objective.metric, found.detectable, found.detectable)
     return f"a difference of {size} or more would have been detected"
 
 
@@ -133,10 +148,9 @@ def baseline_sentence(evidence: Evidence, one: Comparison) -> str:
         return f"Better than {whom}: {_by(evidence, one)}."
     if one.outcome == "worse":
         return f"Worse than {whom}: {_by(evidence, one)}."
-    smallest = one.difference.detectable
     return (
         f"Not told apart from {whom}: it changes {metric_name(evidence.objective.metric)} by "
-        f"{_change(evidence, one)}; {_detectable(evidence, smallest)}."
+        f"{_change(evidence, one)}; {_detectable(evidence, one.difference)}."
     )
 
 
@@ -155,28 +169,30 @@ def scaling_sentence(evidence: Evidence, scaled: Comparison | None) -> str:
 def provisional_headline(evidence: Evidence, winner: Member | None, none: Member | None) -> str:
     """What the search alone says, labelled as unconfirmed."""
     if winner is None or winner.promised is None:
-        return "NOT CONFIRMED: no trial with dropout has ended yet."
+        return "NOT CONFIRMED: no trial with dropout has completed."
     metric = evidence.objective.metric
-    best = f"NOT CONFIRMED: the best trial with dropout has {metric_name(metric)} "
+    best = f"NOT CONFIRMED: the leading trial with dropout has {metric_name(metric)} "
     best += level(metric, winner.promised)
     if none is None or none.promised is None:
-        return f"{best}; no trial without dropout has ended yet."
+        return f"{best}; no trial without dropout has completed."
     lead = evidence.sign * (winner.promised - none.promised)
     size = difference(metric, lead, abs(lead) / 3)
     return (
-        f"{best}, {size} {_word(evidence, lead)} than the best without dropout "
+        f"{best}, {size} {_word(evidence, lead)} than the leading one without "
         f"({level(metric, none.promised)}); one training each, so chance is not excluded."
     )
 
 
-def recommendation_reason(choice: str, outcome: str, *, beaten: bool) -> str:
-    """Why these rates; `beaten`: the author's rates beat the winner."""
+def recommendation_reason(choice: str, outcome: str, *, beaten: bool, confirmed: bool) -> str:
+    """Why these rates; `beaten`: the author's rates or 0.5 beat the winner."""
     if choice == "author":
         return (
             "the author's rates beat the dropout that was found; they are not tested against none"
         )
+    if choice == "half":
+        return "0.5 everywhere beats the dropout that was found; it is not tested against none"
     if choice == "none" and beaten:
-        return "no dropout leads the dropout that was found, by more than the author's rates do"
+        return "no dropout leads the dropout that was found, by more than any other baseline does"
     if choice == "none":
         return (
             "no dropout is better"
@@ -185,6 +201,8 @@ def recommendation_reason(choice: str, outcome: str, *, beaten: bool) -> str:
         )
     if outcome == "undetected":
         return "the best guess: it leads, but the lead is not proven"
-    if outcome == "none":
+    if not confirmed:
         return "the best of the search, not confirmed"
+    if outcome == "none":
+        return "the best dropout found; no dropout failed on fresh seeds"
     return "the smallest rates within one standard error of the best, confirmed on fresh seeds"

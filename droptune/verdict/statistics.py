@@ -54,9 +54,17 @@ class Difference:
         return "worse" if self.high < 0 else "undetected"
 
     @property
+    def bounded(self) -> bool:
+        """Whether there is an interval: not from one seed, nor where all agree to the last digit.
+
+        Seeds agree by the coarseness of a metric (a count of few examples), not for certain.
+        """
+        return math.isfinite(self.error)
+
+    @property
     def p(self) -> float:
         """The smallest alpha whose interval excludes 0, from 1e-12 to 1."""
-        if self.seeds < 2:
+        if not self.bounded:
             return 1.0
         return _p_value(self.mean, self.share, self.seeds, self.seed_error, self.example_error)
 
@@ -74,7 +82,7 @@ class Difference:
 
     def at_level(self, alpha: float) -> Difference:
         """The same difference with the interval of another level."""
-        if self.seeds < 2:
+        if not self.bounded:
             return replace(self, alpha=alpha)
         half = _half_width(alpha, self.share, self.seeds, self.seed_error, self.example_error)
         return replace(self, low=self.mean - half, high=self.mean + half, alpha=alpha)
@@ -116,7 +124,7 @@ def paired(
     mean = float(rows.mean())
     seed_error, example_error = _errors(rows)
     seed_error *= math.sqrt(1 + seeds * overlap)
-    known = seeds > 1
+    known = math.isfinite(seed_error)
     half = _half_width(alpha, share, seeds, seed_error, example_error) if known else math.inf
     counted = examples if examples > 1 else None
     return Difference(
@@ -125,9 +133,14 @@ def paired(
 
 
 def _errors(rows: Array) -> tuple[float, float]:
-    """Standard errors of the grand mean from seeds (with interaction) and from examples."""
+    """Standard errors of the grand mean from seeds (with interaction) and from examples.
+
+    Infinite where nothing is known of them: one seed, or all differences the same. Where only the
+    seeds' means are the same, which counts of few examples can be, the seeds' error is what the
+    interaction alone would make it.
+    """
     seeds, examples = rows.shape
-    if seeds < 2:
+    if seeds < 2 or _same(rows):
         return math.inf, 0.0
     by_seed = rows.mean(axis=1)
     seed_variance = float(by_seed.var(ddof=1)) / seeds
@@ -136,8 +149,15 @@ def _errors(rows: Array) -> tuple[float, float]:
     by_example = rows.mean(axis=0)
     residual = rows - by_seed[:, None] - by_example + rows.mean()
     interaction = float((residual**2).sum()) / ((seeds - 1) * (examples - 1))
+    if _same(by_seed):
+        seed_variance = interaction / (seeds * examples)
     example_variance = (float(by_example.var(ddof=1)) - interaction / seeds) / examples
     return math.sqrt(seed_variance), math.sqrt(max(example_variance, 0.0))
+
+
+def _same(values: Array) -> bool:
+    """Whether all are equal, but for rounding."""
+    return float(np.ptp(values)) <= 1e-6 * float(np.abs(values).max())
 
 
 def _half_width(
@@ -157,7 +177,7 @@ def _freedom(seeds: int, seed_error: float, example_error: float) -> float:
     simulation; as it stands, 94.5 to 97 % (`benchmarks/calibration.py`).
     """
     if seed_error == 0:
-        return seeds - 1 if example_error == 0 else 1e6
+        return 1e6
     return float((seeds - 1) * (1 + (example_error / seed_error) ** 2))
 
 
@@ -189,11 +209,9 @@ def detectable(
 
     From the noncentral t distribution with the degrees of freedom of `paired`.
     """
-    if seeds < 2:
-        return math.inf
     error = math.hypot(seed_error, example_error)
-    if error == 0:
-        return 0.0
+    if not math.isfinite(error):
+        return math.inf
     critical = _half_width(alpha, share, seeds, seed_error, example_error) / error
     return error * _noncentrality(critical, _freedom(seeds, seed_error, example_error), power)
 

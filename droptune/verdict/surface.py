@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -74,7 +75,16 @@ class Surface:
 
     @classmethod
     def of(cls, evidence: Evidence) -> Surface | None:
-        """The surface of a search, or None where it has too few trials to speak of one."""
+        """The surface of a search, or None where it has too few trials to speak of one.
+
+        It is fitted once for each evidence.
+        """
+        if evidence not in _FITTED:
+            _FITTED[evidence] = cls._fitted(evidence)
+        return _FITTED[evidence]
+
+    @classmethod
+    def _fitted(cls, evidence: Evidence) -> Surface | None:
         trials = evidence.trials
         if len(trials) < MIN_TRIALS or len({record.value for record in trials}) < 3:
             return None
@@ -128,6 +138,9 @@ class Surface:
         raw[:, a], raw[:, b] = np.tile(xs, GRID), np.repeat(ys, GRID)
         mean = self.sign * self._benefit(raw)[0].reshape(GRID, GRID)
         return _own_units(self.inputs[a], xs), _own_units(self.inputs[b], ys), mean
+
+
+_FITTED: WeakKeyDictionary[Evidence, Surface | None] = WeakKeyDictionary()
 
 
 def interaction(plane: Array) -> float:

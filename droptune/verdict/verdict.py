@@ -4,7 +4,7 @@ better         the winner beats no dropout, also at the winner's own learning ra
 learning_rate  it beats no dropout at that one's own learning rate, but not at the winner's
 undetected     no difference was detected
 worse          no dropout is better than the best dropout found
-none           nothing could be compared
+none           no training without dropout could be compared
 """
 
 from __future__ import annotations
@@ -16,16 +16,8 @@ from typing import Any
 import numpy as np
 
 from droptune.training import Assignment, Record, State
-from droptune.verdict.comparison import Comparison, ablations, after_scaling, compare
-from droptune.verdict.confirmation import (
-    AT_WINNERS_LR,
-    Member,
-    Plan,
-    best_baselines,
-    front_runners,
-    pairs,
-    plan,
-)
+from droptune.verdict.comparison import PRIMARY, Comparison, ablations, after_scaling, compare
+from droptune.verdict.confirmation import AT_WINNERS_LR, Plan, pairs, plan
 from droptune.verdict.evidence import Evidence, key
 from droptune.verdict.findings import (
     Calibration,
@@ -40,6 +32,7 @@ from droptune.verdict.findings import (
     overfitting,
     site_findings,
 )
+from droptune.verdict.member import Member, best_baselines, front_runners
 from droptune.verdict.sentences import (
     baseline_sentence,
     headline,
@@ -55,7 +48,7 @@ from droptune.verdict.weakness import hints
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to use: the `winner`, `none`, or the `author`'s rates; and why."""
+    """What to use: the `winner`, `none`, the `author`'s rates, or `half`; and why."""
 
     choice: str
     assignment: Assignment
@@ -125,7 +118,7 @@ def judge(evidence: Evidence) -> Verdict:
     confirmed = planned.decided and any(one.difference.seeds > 1 for one in compared)
     winner = planned.winner or _leading(evidence)
     outcome = _outcome(compared) if confirmed else "none"
-    recommended = _recommend(evidence, planned, compared, winner, outcome)
+    recommended = _recommend(planned, compared, winner, outcome, confirmed=confirmed)
     found = recommended.assignment if recommended else None
     slices = surface.slices(winner.assignment) if surface and winner else ()
     sites = site_findings(evidence, slices, found, winner.assignment) if found and winner else ()
@@ -222,54 +215,62 @@ def _objective(evidence: Evidence, compared: Sequence[Comparison]) -> dict[str, 
 
 
 def _recommend(
-    evidence: Evidence,
     planned: Plan,
     compared: Sequence[Comparison],
     winner: Member | None,
     outcome: str,
+    *,
+    confirmed: bool,
 ) -> Recommendation | None:
     """The winner where it is better, or leads by more than one standard error; else no dropout.
 
-    The author's rates where those beat the winner, and lead it by more than no dropout does. The
-    simpler of two that cannot be told apart is the rule of one standard error (Breiman et al.
+    The author's rates or 0.5 where those beat the winner, and lead it by more than no dropout does.
+    The simpler of two that cannot be told apart is the rule of one standard error (Breiman et al.
     1984).
     """
     if winner is None:
         return None
     members = {member.label: member for member in planned.compared}
     found = {one.against: one for one in compared}
-    author = found.get("author")
-    beaten = author is not None and author.outcome == "worse"
-    if author is not None and beaten and _leads_most(author, found):
-        choice, member = "author", members["author"]
+    ahead = _ahead(found) if confirmed else None
+    if ahead is not None and _leads_most(ahead, found):
+        choice, member = ahead.against, members[ahead.against]
     elif outcome in ("better", "none") or (outcome == "undetected" and _leads(found)):
         choice, member = "winner", winner
     else:
         choice, member = "none", _better_none(found, members)
-    reason = recommendation_reason(choice, outcome, beaten=beaten)
+    beaten = ahead is not None
+    reason = recommendation_reason(choice, outcome, beaten=beaten, confirmed=confirmed)
     return Recommendation(choice, member.assignment, member.trial, reason)
 
 
-def _leads_most(author: Comparison, found: Mapping[str, Comparison]) -> bool:
-    """Whether the author's rates lead the winner by more than every no dropout does."""
-    rivals = [found[label].difference for label in ("none", AT_WINNERS_LR) if label in found]
-    return all(author.difference.mean < rival.mean for rival in rivals)
+def _ahead(found: Mapping[str, Comparison]) -> Comparison | None:
+    """The one of author's rates and 0.5 that beats the winner by most; None where neither does."""
+    others = (one for label, one in found.items() if label not in PRIMARY)
+    beating = [one for one in others if one.outcome == "worse"]
+    return min(beating, key=lambda one: one.difference.mean, default=None)
+
+
+def _leads_most(ahead: Comparison, found: Mapping[str, Comparison]) -> bool:
+    """Whether a baseline leads the winner by more than every no dropout does."""
+    rivals = [found[label].difference for label in PRIMARY if label in found]
+    return all(ahead.difference.mean < rival.mean for rival in rivals)
 
 
 def _leads(found: Mapping[str, Comparison]) -> bool:
     """Whether the winner is more than one standard error above every no dropout."""
-    rivals = [found[label].difference for label in ("none", AT_WINNERS_LR) if label in found]
+    rivals = [found[label].difference for label in PRIMARY if label in found]
     return all(rival.mean > rival.error for rival in rivals)
 
 
 def _better_none(found: Mapping[str, Comparison], members: Mapping[str, Member]) -> Member:
-    labels = [label for label in ("none", AT_WINNERS_LR) if label in found]
+    labels = [label for label in PRIMARY if label in found]
     return members[min(labels, key=lambda label: found[label].difference.mean)]
 
 
 def _trained(evidence: Evidence, planned: Plan) -> tuple[list[Record], list[Record]]:
     """Verdict trainings of the winner and of no dropout on their common seeds."""
-    none = [m for m in planned.compared if m.label in ("none", AT_WINNERS_LR)]
+    none = [m for m in planned.compared if m.label in PRIMARY]
     if planned.winner is None or not none or planned.design is None:
         return [], []
     _, ours, theirs = pairs(evidence, planned.winner, none[0], planned.design.schedule[-1])

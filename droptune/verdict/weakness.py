@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from droptune.training import Record, State, TrainingKind
-from droptune.verdict.comparison import Comparison
+from droptune.verdict.comparison import Comparison, test_scores
 from droptune.verdict.confirmation import AT_WINNERS_LR, Plan, pairs
 from droptune.verdict.evidence import Evidence, usable
 from droptune.verdict.findings import mean_curve, values_at_objective
@@ -25,12 +25,13 @@ def hints(evidence: Evidence, plan: Plan, compared: Sequence[Comparison]) -> tup
     """What limits this study, most important first; empty where nothing does."""
     return (
         *_not_confirmed(plan),
-        *_validation_too_small(evidence, compared),
+        *_validation_too_small(evidence),
         *_metric_cannot_tell(evidence, plan, compared),
         *_too_few_seeds(evidence, compared),
         *_budget_too_short(evidence, plan),
         *_no_test_set(evidence, plan, compared),
         *_failures(evidence),
+        *_not_scored(evidence, plan),
         *_small_search(evidence),
     )
 
@@ -47,19 +48,19 @@ def _primary(compared: Sequence[Comparison]) -> Comparison | None:
     return found.get("none", found.get(AT_WINNERS_LR))
 
 
-def _validation_too_small(evidence: Evidence, compared: Sequence[Comparison]) -> Iterator[str]:
+def _validation_too_small(evidence: Evidence) -> Iterator[str]:
     metric, size = evidence.objective.metric, evidence.sizes.get("validation")
-    values = [r.value for r in evidence.trials if r.value is not None]
-    if metric not in COUNTED or not size or not values:
+    values = sorted((r.value or 0.0 for r in evidence.trials), reverse=evidence.sign > 0)
+    if metric not in COUNTED or not size or len(values) < 8:
         return
-    best = max(values) if evidence.sign > 0 else min(values)
-    error = binomial_error(best, size)
-    spread = float(np.subtract(*np.percentile(values, [75, 25])))
+    error = binomial_error(values[0], size)
+    spread = abs(values[len(values) // 4 - 1] - values[0])
     if math.sqrt(2) * error > spread / 2:
         yield (
-            f"{size} validation examples measure {metric} to ± {100 * error:.2f} points (one "
-            f"standard error), while half of all trials lie within {100 * spread:.2f} points: "
-            "the search hardly sees which is better; use a larger validation set or objective nll"
+            f"validation cannot tell which of the better rates are best: {size} examples measure "
+            f"{metric} to ± {100 * error:.2f} points (one standard error), and the best quarter of "
+            f"all trials lies within {100 * spread:.2f} points; use a larger validation set or "
+            "objective nll"
         )
 
 
@@ -104,15 +105,21 @@ def _too_few_seeds(evidence: Evidence, compared: Sequence[Comparison]) -> Iterat
             f"the {found.examples} test examples limit the comparison more than the "
             f"{found.seeds} seeds do: a larger test set would help, more seeds would not"
         )
+    elif first.stopped == "decided" and first.data == "test":
+        yield (
+            f"validation was sure of a difference after {found.seeds} seeds, the test set is not: "
+            "a new study with a larger confirm.min_seeds would tell more"
+        )
     elif first.stopped in ("budget", "seeds") and abs(found.mean) > found.error:
         needed = _seeds_for(abs(found.mean), found, evidence.overlap)
         seen = difference(metric, found.mean, found.error)
+        more = f"droptune study confirm {evidence.spec.name} --max-seeds {needed}"
         yield (
             f"no number of seeds on the same data would show the {seen} seen here: it needs more "
             "data"
             if needed is None
             else f"about {needed} seeds would show a true difference of the {seen} seen here: "
-            "raise confirm.max_seeds (or confirm.share) and run `droptune study confirm` again"
+            f"`{more}` queues them"
         )
 
 
@@ -120,7 +127,7 @@ def _seeds_for(effect: float, seen: Difference, overlap: float) -> int | None:
     """Seeds that show an effect with 80 % power (normal approximation plus two)."""
     variance = seen.seed_error**2 / (1 / seen.seeds + overlap)
     left = (effect / (1.96 + 0.84)) ** 2 / variance - overlap
-    return math.ceil(1 / left) + 2 if left > 0 else None
+    return max(math.ceil(1 / left) + 2, seen.seeds + 1) if left > 0 else None
 
 
 def _budget_too_short(evidence: Evidence, plan: Plan) -> Iterator[str]:
@@ -156,10 +163,13 @@ def _no_test_set(evidence: Evidence, plan: Plan, compared: Sequence[Comparison])
     if not plan.decided or not any(one.data == "validation" for one in compared):
         return
     same = evidence.spec.confirm.splits == "same"
-    why = "there is no test set" if not evidence.sizes.get("test") else "no test scores are stored"
+    folds = "`confirm: {splits: folds}` would help where droptune splits off the validation data"
+    metric = metric_name(evidence.objective.metric)
+    test_set = evidence.sizes.get("test")
+    why = f"{metric} was not measured on the test set" if test_set else "there is no test set"
     yield (
         f"{why}: the intervals are from the validation set that the search has used, hence "
-        "optimistic" + ("; `confirm: {splits: folds}` would help" if same else "")
+        "optimistic" + (f"; {folds}" if same else "")
     )
 
 
@@ -175,6 +185,19 @@ def _failures(evidence: Evidence) -> Iterator[str]:
         )
 
 
+def _not_scored(evidence: Evidence, plan: Plan) -> Iterator[str]:
+    """Confirmations without a finite score on the test set, where others have one."""
+    metric = evidence.objective.metric
+    ended = [r for r in evidence.confirmations.values() if usable(r)]
+    lost = [r for r in ended if test_scores(evidence, r, metric) is None]
+    if plan.decided and 0 < len(lost) < len(ended):
+        labels = ", ".join(sorted({r.training.label for r in lost}))
+        yield (
+            f"{metric_name(metric)} is not finite on the test set for {len(lost)} of "
+            f"{counted(len(ended), 'confirmation')} ({labels}); their pairs are left out"
+        )
+
+
 def _small_search(evidence: Evidence) -> Iterator[str]:
     finished = [r for r in evidence.records if r.training.kind.is_trial and r.state.finished]
     failed = sum(1 for r in finished if r.state is State.FAIL)
@@ -182,7 +205,7 @@ def _small_search(evidence: Evidence) -> Iterator[str]:
         yield f"{failed} of {len(finished)} trials failed: the range of lr may reach too high"
     if not evidence.trials:
         return
-    rates = sum(1 for one in find_inputs(evidence, evidence.trials) if one.paths)
+    rates = max(sum(1 for one in find_inputs(evidence, evidence.trials) if one.paths), 1)
     if len(evidence.trials) < 5 * (rates + 1):
         share = ", or groups of sites that share a rate," if rates > 1 else ""
         many = len(evidence.trials)

@@ -49,7 +49,7 @@ def interval(metric: str, low: float, high: float, *, sign: bool = False) -> str
     """`[0.251, 0.297]`, in the digits that its width leaves."""
     scale = (high - low) / 2
     if not math.isfinite(scale):
-        return "[no interval from one seed]"
+        return "[no interval]"
     return f"[{amount(metric, low, scale, sign=sign)}, {amount(metric, high, scale, sign=sign)}]"
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from crew import PROGRAM, make_study, train_here
 
-from droptune.errors import SpecError, StorageError
+from droptune import answer
+from droptune.errors import SpecError, StorageError, UsageError
 from droptune.storage import Ending, Storage
 from droptune.study import Study
 from droptune.training import Measurement, State, TrainingKind
@@ -181,6 +182,38 @@ def test_one_group_alone_is_not_left_out(storage, tmp_path):
     with pytest.raises(StorageError, match="nothing to leave out"):
         study.confirm(top=None, max_seeds=None, ablate=True)
     assert not Study.open(storage, study.name).spec.confirm.ablate
+
+
+def test_confirming_on_fewer_seeds_than_the_least_is_refused(storage, tmp_path):
+    study = make(storage, tmp_path, 12, confirm="{min_seeds: 5}")
+    with pytest.raises(UsageError, match=r"3 seeds at most are fewer .* give 5 or more"):
+        study.confirm(top=None, max_seeds=3, ablate=False)
+
+
+def test_a_stopped_study_is_to_be_resumed_before_its_confirmations_are_trained(
+    storage, tmp_path, capsys, monkeypatch
+):
+    from droptune.cli.study import confirm
+
+    monkeypatch.chdir(tmp_path)
+    study, player = make(storage, tmp_path, 12), Player(storage)
+    player.play(study)
+    storage.update_study(study.row.id, status="stopped")
+    confirm(
+        study.name, top=None, max_seeds=6, ablate=False, storage=f"sqlite:///{tmp_path}/study.db"
+    )
+    assert "queued; next: droptune study resume study" in capsys.readouterr().out
+
+
+def test_the_lines_to_paste_hold_the_last_verdict_while_more_is_confirmed(storage, tmp_path):
+    study, player = make(storage, tmp_path, 12), Player(storage)
+    player.play(study)
+    assert study.confirm(top=None, max_seeds=6, ablate=False) > 0
+    lines = answer.code(Study.open(storage, study.name)).splitlines()
+    assert lines[1:3] == [
+        "# The study is confirming; its last verdict was:",
+        f"# {study.verdict()['sentence']}",
+    ]
 
 
 def test_confirming_beyond_the_deadline_is_refused(storage, tmp_path):

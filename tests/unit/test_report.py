@@ -10,7 +10,7 @@ import pytest
 from simulated import confirm, fashion, make_spec, pruned, search
 
 from droptune.errors import UsageError
-from droptune.report.report import badge, code, html, markdown, render, text
+from droptune.report.report import badge, code, curse, html, markdown, render, text
 from droptune.report.tables import Table
 from droptune.verdict.verdict import judge
 from droptune.verdict.wording import change, difference, interval, level, rate
@@ -93,7 +93,7 @@ def test_an_unknown_format_is_refused_in_one_line(study):
 def test_a_study_without_trials_has_a_report(searched):
     empty = replace(searched, records=())
     for format in ("html", "markdown", "text", "json"):
-        assert "no trial with dropout has ended" in render(empty, judge(empty), format)
+        assert "no trial with dropout has completed" in render(empty, judge(empty), format)
 
 
 def test_a_study_of_few_trials_has_a_report(searched):
@@ -106,6 +106,20 @@ def test_the_code_is_python(study):
     lines = code(*study)
     compile(lines, "pasted", "exec")
     assert "droptune.apply_rates(model" in lines
+
+
+@pytest.mark.parametrize(
+    ("excess", "none", "said"),
+    [
+        (0.02, 0.01, "flattered it by 0.020 nats (no dropout by 0.010 nats; all"),
+        (0.02, -0.01, "flattered it by 0.020 nats (no dropout by 0.010 nats, the other way; all"),
+        (-0.02, -0.01, "was too hard on it by 0.020 nats (no dropout by 0.010 nats; all"),
+    ],
+)
+def test_which_way_the_search_was_wrong(study, excess, none, said):
+    evidence, verdict = study
+    found = replace(verdict.curse, excess=excess, none=none, error=0.01)
+    assert said in curse(evidence, replace(verdict, curse=found))
 
 
 def test_tables_escape_what_would_break_them():
@@ -123,7 +137,7 @@ def test_figures_are_said_with_the_digits_that_they_have():
     assert level("nll", 0.45) == "0.450"
     assert level("mse", 1234.5) == "1234"
     assert (rate(0.0), rate(0.005), rate(0.5), rate(0.476)) == ("0", "0.005", "0.5", "0.48")
-    assert "seed" in interval("nll", float("-inf"), float("inf"))
+    assert interval("nll", float("-inf"), float("inf")) == "[no interval]"
 
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason="no Chromium")

@@ -49,7 +49,7 @@ def test_one_seed_has_no_interval():
 
 def test_equal_members_differ_by_nothing():
     found = paired(np.zeros((4, 50)))
-    assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.mean, found.p, found.outcome) == (0.0, 1.0, "undetected")
     assert found.outcome == "undetected"
 
 
@@ -113,6 +113,26 @@ def test_more_seeds_are_no_help_where_the_data_are_what_limits():
     seen = np.array([0.2, -0.1, 0.3, 0.1, 0.05])
     assert settled(seen, SCHEDULE, 1) is None
     assert settled(seen, SCHEDULE, 1, overlap=0.5) == "hopeless"
+
+
+def test_seeds_that_agree_by_coarseness_prove_nothing():
+    """Three times one of 45 examples more: likely by chance, and no spread to judge it by."""
+    accuracy = np.float32(np.array([40, 41, 39]) / 45), np.float32(np.array([39, 40, 38]) / 45)
+    seen = paired(np.float64(accuracy[0]) - np.float64(accuracy[1]))
+    assert seen.outcome == "undetected"
+    assert (seen.bounded, seen.p) == (False, 1.0)
+    assert math.isinf(seen.detectable)
+    assert settled(np.array([1.0, 1.0, 1.0]), SCHEDULE, 0) is None
+    assert paired(np.zeros(3)).outcome == "undetected"
+
+
+def test_seeds_means_that_agree_have_the_error_of_the_examples():
+    """Each seed is right on one example more, a different one each time."""
+    rows = np.zeros((3, 30))
+    rows[[0, 1, 2], [4, 11, 23]] = 1.0
+    seen = paired(rows)
+    assert seen.seed_error > 0
+    assert seen.low < 0 < seen.high
 
 
 def test_looks_are_few_and_end_at_the_cap():

@@ -15,16 +15,16 @@ from droptune.verdict.confirmation import (
     AT_WINNERS_LR,
     CHOICE,
     allowance_of,
-    best_baselines,
-    front_runners,
     plan,
     predicted_cost,
 )
-from droptune.verdict.evidence import key
+from droptune.verdict.evidence import assigned, key
 from droptune.verdict.findings import edge
+from droptune.verdict.member import best_baselines, front_runners, noise_aware
 from droptune.verdict.sentences import winners_lr_sentence
 from droptune.verdict.statistics import paired
 from droptune.verdict.verdict import _recommend, judge
+from droptune.verdict.weakness import hints
 
 
 def lr_part(lr):
@@ -39,6 +39,10 @@ def flat(rates, lr):
 def helpful(rates, lr):
     strength = np.mean(list(rates.values()))
     return 0.5 + lr_part(lr) - 0.2 * min(strength, 0.4) + 0.3 * max(strength - 0.6, 0)
+
+
+def steep(rates, lr):
+    return 0.5 + 5 * lr_part(lr)
 
 
 def harmful(rates, lr):
@@ -120,10 +124,24 @@ def test_a_half_made_queue_is_completed(searched):
 
 def test_each_baseline_is_confirmed_at_its_own_best(searched):
     for member in best_baselines(searched):
-        same = [
-            r for r in searched.trials if r.training.assignment.rates == member.assignment.rates
-        ]
-        assert member.promised == min(r.value for r in same)
+        same = [r for r in searched.trials if assigned(r).rates == member.assignment.rates]
+        benefit, error = noise_aware(searched, same)
+        within = benefit >= benefit.max() - error[benefit.argmax()]
+        assert member.promised == min(r.value for r, near in zip(same, within, strict=True) if near)
+
+
+def test_a_lucky_trial_at_a_poor_learning_rate_is_not_a_baselines_best():
+    """The learning rate matters more than noise: other trials know that this one was lucky."""
+    studies = [search(world(steep, seed, seed_sd=0.02), trials=30) for seed in range(6)]
+    costs = {"raw": [], "chosen": []}
+    for evidence in studies:
+        for member in best_baselines(evidence):
+            same = [r for r in evidence.trials if r.training.label == member.label]
+            raw = min(same, key=lambda r: r.value)
+            costs["raw"].append(steep({}, assigned(raw).lr))
+            costs["chosen"].append(steep({}, member.assignment.lr))
+    assert np.mean(costs["chosen"]) < np.mean(costs["raw"])
+    assert max(costs["chosen"]) <= max(costs["raw"])
 
 
 def test_equal_baselines_are_confirmed_once(searched):
@@ -295,23 +313,24 @@ def test_dropout_that_hurts():
     assert set(verdict.recommended.assignment.rates.values()) == {0.0}
 
 
-@pytest.mark.parametrize(("author", "choice"), [(-0.3, "none"), (-0.7, "author")])
-def test_the_authors_rates_are_recommended_only_ahead_of_no_dropout(confirmed, author, choice):
+@pytest.mark.parametrize("rival", ["author", "half"])
+@pytest.mark.parametrize(("mean", "ahead"), [(-0.3, False), (-0.7, True)])
+def test_another_baseline_is_recommended_only_ahead_of_no_dropout(confirmed, rival, mean, ahead):
     def behind(one, mean):
         rows = mean + np.array([-0.01, 0.0, 0.01])
         return replace(one, difference=paired(rows))
 
     planned = plan(confirmed)
-    means = {"none": -0.5, "author": author}
+    means = {"none": -0.5, rival: mean}
     compared = [
         behind(one, means[one.against])
         for one in compare(confirmed, planned)
         if one.against in means
     ]
     assert {one.outcome for one in compared} == {"worse"}
-    found = _recommend(confirmed, planned, compared, planned.winner, "worse")
-    assert found.choice == choice
-    assert ("by more than the author's rates" in found.reason) == (choice == "none")
+    found = _recommend(planned, compared, planned.winner, "worse", confirmed=True)
+    assert found.choice == (rival if ahead else "none")
+    assert ("by more than any other baseline" in found.reason) == (not ahead)
 
 
 def test_a_gain_of_the_learning_rate_is_not_called_dropouts():
@@ -369,6 +388,53 @@ def test_without_test_scores_the_interval_is_called_optimistic(confirmed):
     verdict = judge(replace(confirmed, scores={}, sizes={"validation": 5000}))
     assert verdict.comparison("none").data == "validation"
     assert any("optimistic" in hint for hint in verdict.hints)
+
+
+def test_pairs_without_a_finite_test_score_are_left_out(confirmed):
+    ruined = next(
+        r.training.id
+        for r in confirmed.records
+        if r.training.label == "none" and r.training.seed_index == 0
+    )
+    nan = {"nll": np.full(200, np.nan)}
+    verdict = judge(replace(confirmed, scores={**confirmed.scores, ruined: nan}))
+    main = verdict.comparison("none")
+    assert 0 not in main.seeds
+    assert main.data == "test"
+    assert any("NLL is not finite on the test set for 1 of" in hint for hint in verdict.hints)
+    json.dumps(verdict.to_json(), allow_nan=False)
+
+
+def test_one_pair_alone_is_no_verdict(confirmed):
+    """Every training of no dropout but one has failed; the author's rates are compared."""
+    failed = tuple(
+        replace(r, state=State.FAIL, values=None, reason="loss is NaN")
+        if r.training.kind is TrainingKind.CONFIRMATION
+        and not any(assigned(r).rates.values())
+        and r.training.seed_index != 1
+        else r
+        for r in confirmed.records
+    )
+    spec = make_spec(confirm={"max_seeds": 3})
+    verdict = judge(replace(confirmed, spec=spec, records=failed))
+    assert verdict.comparison("none").difference.seeds == 1
+    assert verdict.outcome == "undetected"
+    assert "[no interval]" in verdict.sentence
+    assert "one pair of trainings cannot tell it from chance" in verdict.sentence
+
+
+def test_without_any_training_of_no_dropout_there_is_no_verdict_on_it(confirmed):
+    failed = tuple(
+        replace(r, state=State.FAIL, values=None, reason="loss is NaN")
+        if r.training.kind is TrainingKind.CONFIRMATION and not any(assigned(r).rates.values())
+        else r
+        for r in confirmed.records
+    )
+    spec = make_spec(confirm={"max_seeds": 3})
+    verdict = judge(replace(confirmed, spec=spec, records=failed))
+    assert verdict.outcome == "none"
+    assert verdict.sentence.startswith("No verdict on dropout")
+    assert verdict.recommended.reason == "the best dropout found; no dropout failed on fresh seeds"
 
 
 def test_a_verdict_is_json(confirmed, searched):
@@ -502,7 +568,15 @@ def test_a_metric_that_cannot_tell_is_named(whole):
     verdict = judge(confirm(fashion(6), replace(whole, spec=spec, records=records)))
     assert verdict.outcome == "undetected"
     assert any("accuracy cannot tell, but validation NLL can" in hint for hint in verdict.hints)
-    assert any("5000 validation examples" in hint for hint in verdict.hints)
+    assert any("validation cannot tell which of the better" in hint for hint in verdict.hints)
+
+
+def test_a_difference_that_validation_alone_was_sure_of_is_named(confirmed):
+    planned = plan(confirmed)
+    first = compare(confirmed, planned)[0]
+    unsure = replace(first, difference=paired(np.array([0.01, -0.02, 0.03])), stopped="decided")
+    assert any("the test set is not" in hint for hint in hints(confirmed, planned, [unsure]))
+    assert not any("the test set is not" in hint for hint in hints(confirmed, planned, [first]))
 
 
 def test_a_training_that_still_improves_is_named(whole):
