@@ -18,7 +18,7 @@ from droptune.sites.installed import find_program_sites
 from droptune.sites.site import Discovery, Site
 from droptune.space.space import Space
 from droptune.spec.spec import StudySpec
-from droptune.trainers.fused import fusible
+from droptune.trainers.fusibility import fusible
 from droptune.trainers.recipe import Recipe
 from droptune.verdict.wording import counted
 

@@ -133,7 +133,7 @@ class Solo(Trainer):
             set_learning_rates(held.optimizer, held.base, float(course.factors[number, 0]))
             losses.append(self._update(held, course, number, update))
             sizes.append(update.size)
-            draws = draws and before != _host_state()
+            draws = draws and before != host_state()
         return torch.stack(losses).tolist(), sizes, held.optimizer.param_groups[0]["lr"]
 
     def _update(self, held: _Held, course: Course, number: int, update: Update) -> Tensor:
@@ -234,8 +234,9 @@ def _reseed(seed: int, update: int, device: torch.device, *, host: bool) -> obje
         return None
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
-    return _host_state()
+    return host_state()
 
 
-def _host_state() -> object:
+def host_state() -> object:
+    """Where NumPy's and Python's generators are."""
     return random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]
