@@ -337,9 +337,6 @@ class Remembers(Protocol):
     def recall_width(self, device: str, fingerprint: str) -> dict[str, Any] | None: ...
 
 
-STREAMED_WIDTH = 4  # not measured where data are streamed
-
-
 def make_trainer(recipe: Recipe, study: Studied, width: int | None = None) -> Trainer:
     """The trainer of a worker: fused where the study found that it can be.
 
@@ -361,8 +358,6 @@ def trainer_of(recipe: Recipe, width: int) -> Trainer:
 
 def _best_width(recipe: Recipe, study: Studied) -> int:
     most = widest(study.spec)
-    if recipe.feed(0).streamed:  # a measurement holds one batch; one load then serves all slots
-        return min(STREAMED_WIDTH, most)
     device, code = _device_name(recipe.device), _code(recipe, study, most)
     known = study.storage.recall_width(device, code)
     if known is not None:
