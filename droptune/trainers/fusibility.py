@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from droptune.training import Assignment, Seeds, Training
 _TRIED_EXAMPLES = 4
 
 Left = dict[str, Tensor]  # everything that a training leaves behind
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,13 @@ def fusible(recipe: Recipe) -> Fusibility:
     or in the recipe's precision where the model insists on it, and for each word that the loss
     may branch on. Raises ProgramError where the program does not train at all.
     """
-    tried = [_fusible(recipe, values) for values in branches(recipe.program.searched)]
-    return next((each for each in tried if not each.ok), tried[0])
+    found = [_fusible(recipe, values) for values in branches(recipe.program.searched)]
+    return next((each for each in found if not each.ok), found[0])
 
 
 def _fusible(recipe: Recipe, values: Mapping[str, Any]) -> Fusibility:
-    exact = replace(recipe, precision="float64").tiny(_TRIED_EXAMPLES)
-    trainings = _three_trainings(recipe, values)
-    try:
-        alone, tolerance = _train_solo(exact, trainings), 1e-6
-    except Exception:  # the model has a type of its own; what else is wrong shows below
-        exact, tolerance = recipe.tiny(_TRIED_EXAMPLES), 1e-2
-        with blamed("training on the first examples"):
-            alone = _train_solo(exact, trainings)
+    trainings = three_trainings(recipe, values)
+    exact, alone, tolerance = tried(recipe, lambda tiny: _train_solo(tiny, trainings))
     try:
         fused = Fused(exact, len(trainings))
         together, reason = _train_fused(fused, trainings)
@@ -59,14 +54,28 @@ def _fusible(recipe: Recipe, values: Mapping[str, Any]) -> Fusibility:
         return Fusibility(False, one_line(error))
     if reason is not None:
         return Fusibility(False, reason)
-    apart = max(_distance(a, b) for a, b in zip(alone, together, strict=True))
+    apart = max(distance(a, b) for a, b in zip(alone, together, strict=True))
     if not apart <= tolerance:
         return Fusibility(False, f"tried: side by side they differ from alone by {apart:.1e}")
     condition = ", where trainings see the same batches" if fused.shares_batches else ""
     return Fusibility(True, f"tried: each trains as it would alone{condition}")
 
 
-def _three_trainings(recipe: Recipe, values: Mapping[str, Any]) -> list[Training]:
+def tried(recipe: Recipe, run: Callable[[Recipe], T]) -> tuple[Recipe, T, float]:
+    """The recipe on a few examples, what `run` gives of it, and how far apart two such may be.
+
+    In float64, or in the recipe's precision where the model insists on it.
+    """
+    exact = replace(recipe, precision="float64").tiny(_TRIED_EXAMPLES)
+    try:
+        return exact, run(exact), 1e-6
+    except Exception:  # the model has a type of its own; what else is wrong shows below
+        own = recipe.tiny(_TRIED_EXAMPLES)
+        with blamed("training on the first examples"):
+            return own, run(own), 1e-2
+
+
+def three_trainings(recipe: Recipe, values: Mapping[str, Any]) -> list[Training]:
     """The first two on the same data, as in a search."""
     found = []
     for k in range(3):
@@ -83,7 +92,7 @@ def _train_solo(recipe: Recipe, trainings: list[Training]) -> list[Left]:
         solo = Solo(recipe)
         solo.fill(0, training)
         outcomes = [solo.train_interval()[0] for _ in range(intervals)]
-        left.append(_left(solo, 0, outcomes[-1]))
+        left.append(left_by(solo, 0, outcomes[-1]))
     return left
 
 
@@ -97,11 +106,11 @@ def _train_fused(fused: Fused, trainings: list[Training]) -> tuple[list[Left], s
     for index, training in enumerate(trainings[:2]):
         fused.fill(index, training)
     outcomes = fused.train_interval()
-    left, numbers = [_left(fused, 0, outcomes[0])], _numbers(fused.module)
+    left, numbers = [left_by(fused, 0, outcomes[0])], numbers_of(fused.module)
     fused.fill(2, trainings[2])
     fused.empty(0)
     outcomes = fused.train_interval()
-    left += [_left(fused, index, outcomes[index]) for index in (1, 2)]
+    left += [left_by(fused, index, outcomes[index]) for index in (1, 2)]
     return left, fused.alone or _shared_state(fused.module, host, numbers)
 
 
@@ -109,27 +118,29 @@ def _shared_state(model: nn.Module, host: object, numbers: Mapping[str, float]) 
     """What has moved, for all slots together, since `host` and `numbers` were read."""
     if host != host_state():
         return "the model draws from NumPy's or Python's generator: once for all slots"
-    moved = [name for name, number in _numbers(model).items() if number != numbers.get(name)]
+    moved = [name for name, number in numbers_of(model).items() if number != numbers.get(name)]
     return f"the model changes {moved[0]} in every call: for all slots" if moved else None
 
 
-def _numbers(model: nn.Module) -> dict[str, float]:
-    """The numbers that a model holds as attributes of its modules."""
+def numbers_of(model: nn.Module, *others: object) -> dict[str, float]:
+    """The numbers that a model holds as attributes of its modules, and others as their own."""
+    holders = [(path or type(module).__name__, module) for path, module in model.named_modules()]
     return {
-        f"{path or type(module).__name__}.{name}": value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
+        f"{path}.{name}": value
+        for path, holder in (*holders, *((type(other).__name__, other) for other in others))
+        for name, value in vars(holder).items()
         if isinstance(value, int | float) and name != "training"
     }
 
 
-def _left(trainer: Trainer, index: int, outcome: Outcome) -> Left:
+def left_by(trainer: Trainer, index: int, outcome: Outcome) -> Left:
+    """What was measured, and the snapshot."""
     values = {k: v for k, v in outcome.measurement.values.items() if k != "time/seconds"}
     numbers = {key: torch.tensor(value) for key, value in values.items()}
     return {**numbers, **trainer.snapshot(index).tensors}
 
 
-def _distance(first: Left, second: Left) -> float:
+def distance(first: Left, second: Left) -> float:
     """The largest difference, relative to each tensor's largest number."""
     if first.keys() != second.keys():
         return math.inf

@@ -79,6 +79,11 @@ class Solo(Trainer):
     def occupied(self) -> tuple[int, ...]:
         return () if self._held is None else (0,)
 
+    @property
+    def parts(self) -> tuple[nn.Module, Optimizer]:
+        """What trains in the slot."""
+        return self._filled().model, self._filled().optimizer
+
     def _filled(self) -> _Held:
         assert self._held is not None, "the slot is empty"
         return self._held

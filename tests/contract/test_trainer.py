@@ -24,6 +24,7 @@ from droptune.trainers.fused import Fused
 from droptune.trainers.fusibility import fusible
 from droptune.trainers.memory import is_out_of_memory
 from droptune.trainers.recipe import Recipe
+from droptune.trainers.resumption import what_is_lost
 from droptune.trainers.slot import Interrupted, Outcome, Snapshot, Trainer
 from droptune.trainers.solo import Solo
 from droptune.training import Assignment, Seeds, Training, TrainingKind
@@ -699,6 +700,28 @@ def test_what_would_show_only_later_or_after_a_refill_is_found_out(how, reason):
     assert not found.ok
     assert reason in found.reason
     assert "\n" not in found.reason
+
+
+class _Lookahead(torch.optim.SGD):
+    """Remembers slow weights beside its state."""
+
+    def __init__(self, weights, lr):
+        super().__init__(weights, lr)
+        self.slow = [weight.detach().clone() for weight in self.param_groups[0]["params"]]
+
+    def step(self, closure=None):
+        super().step(closure)
+        for weight, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+            slow.lerp_(weight.detach(), 0.5)
+            weight.data.copy_(slow)
+
+
+def test_what_a_resumed_training_would_lose_is_found_out():
+    assert what_is_lost(recipe_of("mlp with batch norm")) == []
+    counting = _classify(functools.partial(_Sly, "calls"), _noise(22, 6))
+    assert "_Sly.calls is in no state_dict" in what_is_lost(make_recipe(counting))[0]
+    slow = _classify(Cnn, _noise(22, 1, 8, 8), optimizer=_Lookahead)
+    assert "its optimizer remembers" in what_is_lost(make_recipe(slow))[0]
 
 
 class _Seldom(nn.Module):
