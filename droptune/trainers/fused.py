@@ -56,8 +56,8 @@ class _Result:
 class Fused(Trainer):
     """A trainer of `width` slots on one device.
 
-    `shares_batches` becomes True where the model turns out to look into its inputs (as with a
-    padding mask that it skips when nothing is padded): then only trainings at the same place in
+    `shares_batches` becomes the reason where the model turns out to look into its inputs (as with
+    a padding mask that it skips when nothing is padded): then only trainings at the same place in
     the same data are trained side by side. `alone` becomes the reason where the slots have to be
     trained one by one, because the program does something that cannot be fused after all.
     """
@@ -72,7 +72,7 @@ class Fused(Trainer):
         self._slots: dict[int, Slot] = {}
         self._rows: dict[int, int] = {}
         self._limit = width  # rows that go through the model at once
-        self.shares_batches = False
+        self.shares_batches: str | None = None
         self.alone: str | None = None
         self._ends: dict[int, Snapshot] = {}  # of slots that a row of the stack cannot hold
         self._solo = Solo(recipe)
@@ -111,7 +111,7 @@ class Fused(Trainer):
         held, _ = self._optimizer.export(self._rows[index], snapshot.meta["updates"])
         if not _equal(held, state):
             self._ends[index] = snapshot
-            self._go_alone("some weights have had fewer updates than others")
+            self.alone = "some weights have had fewer updates than others"
 
     def empty(self, index: int) -> None:
         self._slots.pop(index, None)
@@ -128,10 +128,15 @@ class Fused(Trainer):
             return {}
         before = self.shares_batches, self.alone
         try:
-            return self._train()
+            outcomes = self._train()
         except BaseException:
             self.shares_batches, self.alone = before  # no remedy: how it is trained is not at fault
             raise
+        if self.alone != before[1]:
+            log.info("trainings are no longer fused: %s", self.alone)
+        elif self.shares_batches != before[0]:
+            log.info("only trainings that see the same batches are fused: %s", self.shares_batches)
+        return outcomes
 
     def _train(self) -> dict[int, Outcome]:
         while self.alone is None:
@@ -177,24 +182,14 @@ class Fused(Trainer):
             return self._narrow if min(self._limit, len(self._slots)) > 1 else None
         if not isinstance(error, Exception) or isinstance(error, Interrupted):
             return None
-        reason = one_line(error)
-        if self.shares_batches:
-            return lambda: self._go_alone(reason)
-        return lambda: self._share_batches(reason)
+        narrower = "shares_batches" if self.shares_batches is None else "alone"
+        return functools.partial(setattr, self, narrower, one_line(error))
 
     def _narrow(self) -> None:
         self._limit = min(self._limit, len(self._slots)) // 2
         log.warning("out of memory: going on with %d trainings at a time", self._limit)
         if self.recipe.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _share_batches(self, reason: str) -> None:
-        self.shares_batches = True
-        log.info("only trainings that see the same batches are fused: %s", reason)
-
-    def _go_alone(self, reason: str) -> None:
-        self.alone = reason
-        log.info("trainings are no longer fused: %s", reason)
 
     def _arrange(self) -> list[list[int]]:
         """Cohorts of slots that can be trained side by side, moved to neighbouring rows."""
