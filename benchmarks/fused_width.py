@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from droptune.program.program import classification
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
-from droptune.trainers.fused import fusible, trainer_of
+from droptune.trainers.fused import trainer_of
+from droptune.trainers.fusibility import fusible
 from droptune.trainers.memory import keep_freed_memory
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.width import choose_width

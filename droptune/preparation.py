@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from droptune.sites.installed import find_program_sites
 from droptune.sites.site import Discovery, Site
 from droptune.space.space import Space
 from droptune.spec.spec import StudySpec
-from droptune.trainers.fused import fusible
+from droptune.trainers.fusibility import fusible
 from droptune.trainers.recipe import Recipe
+from droptune.trainers.resumption import what_is_lost
 from droptune.verdict.wording import counted
 
 _HOW = {"fused": "several trials as one program", "solo": "one trial after another"}
@@ -85,6 +86,7 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
         )
     recipe = Recipe.of(program, discovery.sites, spec, torch.device("cpu"))
     trainer, reason = _trainer(recipe, spec)
+    discovery = replace(discovery, warnings=(*discovery.warnings, *what_is_lost(recipe)))
     intervals = spec.intervals(program, splits.train.n)
     samples = {
         "train": splits.train.n,

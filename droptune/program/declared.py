@@ -27,6 +27,11 @@ def declared(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(given or {})
 
 
+def is_number(value: Any) -> bool:
+    """Whether a loss may be given a 0-dim tensor in the place of this value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def branches(searched: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The default values, and each other word that a loss may branch on in the default's place."""
     default = default_values(searched)
@@ -35,7 +40,7 @@ def branches(searched: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, values in searched.items()
         if isinstance(values, list)
         for value in values[1:]
-        if isinstance(value, str | bool)
+        if not is_number(value)
     ]
     return [default, *others]
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.utils.checkpoint as torch_checkpoint
 
+from droptune.sites.watch import under_functorch
+
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 _REENTRANT = "CheckpointFunction"
 
@@ -33,6 +35,8 @@ def replaying(remember: Callable[[], Replay]) -> Iterator[None]:
     reentrant = getattr(torch_checkpoint, _REENTRANT)
 
     def with_replay(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if under_functorch():  # whose tensors a second run, in the backward pass, would not have
+            return iter([None])  # torch runs the segment between two steps of this: once, and keeps
         replay = remember()
 
         def again(*inner: Any, **named: Any) -> Any:

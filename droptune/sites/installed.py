@@ -153,12 +153,8 @@ class Installed:
             plain_rates, plain_keys, level = behind_vmap(rates, keys)
             noises = noises_at(self._levels_of(plain_rates), plain_keys, level)
         state = _Active(self, noises, training)
-        with self._running(state):
-            if not training:
-                yield
-                return
-            with replaying(state.remember):
-                yield
+        with self._running(state), replaying(state.remember):
+            yield
 
     def _levels_of(self, rates: Tensor) -> Levels:
         """Rates seldom change from update to update: remembered where looking is free (not on a

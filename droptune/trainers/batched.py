@@ -76,7 +76,7 @@ class BatchedModel:
         self.stack = Stack(parts, width, like, keeps_best=recipe.keeps_best)
         self._bound = Bound(self.module)
 
-    def step(self, words: Mapping[str, str | bool], *, shared: bool) -> Step:
+    def step(self, words: Mapping[str, Any], *, shared: bool) -> Step:
         """A function of a chunk's (weights, varying, rates, keys, numbers, batch).
 
         All have the slots first, except for the batch where it is `shared`. Returns the losses

@@ -7,21 +7,22 @@ keys, learning rates, searched values and (where data order differs) batches are
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from droptune.program.declared import branches
+from droptune.errors import DroptuneError
+from droptune.program.source import told
 from droptune.spec.spec import StudySpec
 from droptune.trainers.batched import BatchedModel
 from droptune.trainers.evaluation import measure_stack, measured_values, predictions
@@ -36,7 +37,7 @@ from droptune.trainers.slot import Interrupted, Outcome, Scores, Slot, Snapshot,
 from droptune.trainers.solo import Solo
 from droptune.trainers.updates import stack_optimizer
 from droptune.trainers.width import WIDTHS, WidthChoice, choose_width
-from droptune.training import Assignment, Measurement, Seeds, Training
+from droptune.training import Measurement, Training
 
 log = logging.getLogger("droptune.trainer")
 
@@ -55,9 +56,10 @@ class _Result:
 class Fused(Trainer):
     """A trainer of `width` slots on one device.
 
-    `shares_batches` becomes True where the model turns out to look into its inputs (as with a
-    padding mask that it skips when nothing is padded): then only trainings at the same place in
-    the same data are trained side by side.
+    `shares_batches` becomes the reason where the model turns out to look into its inputs (as with
+    a padding mask that it skips when nothing is padded): then only trainings at the same place in
+    the same data are trained side by side. `alone` becomes the reason where the slots have to be
+    trained one by one, because the program does something that cannot be fused after all.
     """
 
     def __init__(self, recipe: Recipe, width: int) -> None:
@@ -70,30 +72,51 @@ class Fused(Trainer):
         self._slots: dict[int, Slot] = {}
         self._rows: dict[int, int] = {}
         self._limit = width  # rows that go through the model at once
-        self.shares_batches = False
+        self.shares_batches: str | None = None
+        self.alone: str | None = None
+        self._ends: dict[int, Snapshot] = {}  # of slots that a row of the stack cannot hold
+        self._solo = Solo(recipe)
+        self._solo.interrupted = self.interrupted
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that all slots run."""
+        return self._model.module
 
     # -- filling ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def fill(self, index: int, training: Training, snapshot: Snapshot | None = None) -> None:
         slot = Slot.start(training, snapshot)
-        row = self._rows.get(index, min(set(range(self.width)) - set(self._rows.values())))
+        free = sorted(set(range(self.width)) - set(self._rows.values()))
+        row = self._rows[index] if index in self._rows else free[0]
+        model = self.recipe.fresh_model(training.seeds.weights)
+        self._stack.write(row, tensors_of(model))
         state, rest = {}, {}
-        if snapshot is None:
-            model = self.recipe.fresh_model(training.seeds.weights)
-            self._stack.write(row, tensors_of(model))
-        else:
-            model = self._model.module
+        if snapshot is not None:
             state, rest = snapshot.part("optimizer"), snapshot.meta.get("rest", {})
             self._stack.write(row, snapshot.part("model"))
             self._stack.write_best(row, snapshot.part("best"))
         made = build(self.recipe.program.optimizer, model, slot.assignment)
         self._optimizer.fill(row, made, state, rest)
         self._slots[index], self._rows[index] = slot, row
+        self._ends.pop(index, None)
+        if snapshot is not None:
+            self._keep_what_no_row_holds(index, snapshot, state)
+
+    def _keep_what_no_row_holds(
+        self, index: int, snapshot: Snapshot, state: Mapping[str, Tensor]
+    ) -> None:
+        """An optimizer that has left some weights alone in some updates knows more than a row."""
+        held, _ = self._optimizer.export(self._rows[index], snapshot.meta["updates"])
+        if not _equal(held, state):
+            self._ends[index] = snapshot
+            self.alone = "some weights have had fewer updates than others"
 
     def empty(self, index: int) -> None:
         self._slots.pop(index, None)
         self._rows.pop(index, None)
+        self._ends.pop(index, None)
 
     def occupied(self) -> tuple[int, ...]:
         return tuple(sorted(self._slots))
@@ -103,20 +126,51 @@ class Fused(Trainer):
     def train_interval(self) -> dict[int, Outcome]:
         if not self._slots:
             return {}
-        while True:
+        before = self.shares_batches, self.alone
+        try:
+            outcomes = self._train()
+        except BaseException:
+            self.shares_batches, self.alone = before  # no remedy: how it is trained is not at fault
+            raise
+        if self.alone != before[1]:
+            log.info("trainings are no longer fused: %s", self.alone)
+        elif self.shares_batches != before[0]:
+            log.info("only trainings that see the same batches are fused: %s", self.shares_batches)
+        return outcomes
+
+    def _train(self) -> dict[int, Outcome]:
+        while self.alone is None:
             cohorts = self._arrange()
             kept = self._stack.keep(len(self._slots)), self._optimizer.keep(len(self._slots))
             try:
                 results = [self._run(chunk) for chunk in self._chunks(cohorts)]
-                break
             except BaseException as error:
                 remedy = self._remedy(error)
                 if remedy is None:
                     self._put_back(*kept)
                     raise
+            else:
+                return {i: o for result in results for i, o in self._settle(result).items()}
             self._put_back(*kept)  # outside of the except block: its traceback keeps tensors alive
             remedy()
-        return {i: o for result in results for i, o in self._settle(result).items()}
+        return self._train_alone()
+
+    def _train_alone(self) -> dict[int, Outcome]:
+        """Each slot by a solo trainer; all or none."""
+        outcomes, slots = {}, dict(self._slots)
+        starts = {index: self.snapshot(index) for index in slots}
+        try:
+            for index, slot in slots.items():
+                self._solo.fill(0, slot.training, starts[index])
+                outcomes[index] = self._solo.train_interval()[0]
+                self.fill(index, slot.training, self._solo.snapshot(0))
+        except BaseException:
+            for index, slot in slots.items():
+                self.fill(index, slot.training, starts[index])
+            raise
+        finally:
+            self._solo.empty(0)
+        return outcomes
 
     def _put_back(self, stack: Any, optimizer: Any) -> None:
         self._stack.put_back(stack)
@@ -128,18 +182,14 @@ class Fused(Trainer):
             return self._narrow if min(self._limit, len(self._slots)) > 1 else None
         if not isinstance(error, Exception) or isinstance(error, Interrupted):
             return None
-        reason = _one_line(error)
-        return None if self.shares_batches else lambda: self._share_batches(reason)
+        narrower = "shares_batches" if self.shares_batches is None else "alone"
+        return functools.partial(setattr, self, narrower, one_line(error))
 
     def _narrow(self) -> None:
         self._limit = min(self._limit, len(self._slots)) // 2
         log.warning("out of memory: going on with %d trainings at a time", self._limit)
         if self.recipe.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _share_batches(self, reason: str) -> None:
-        self.shares_batches = True
-        log.info("only trainings that see the same batches are fused: %s", reason)
 
     def _arrange(self) -> list[list[int]]:
         """Cohorts of slots that can be trained side by side, moved to neighbouring rows."""
@@ -224,6 +274,8 @@ class Fused(Trainer):
     # -- what comes out -----------------------------------------------------------------------
 
     def snapshot(self, index: int) -> Snapshot:
+        if index in self._ends:
+            return self._ends[index]
         slot, row = self._slots[index], self._rows[index]
         state, rest = self._optimizer.export(row, slot.updates)
         parts = {"model": self._stack.read(row), "optimizer": state}
@@ -242,96 +294,18 @@ class Fused(Trainer):
         return score(self.recipe, self.weights(index), self._slots[index])
 
 
-# -- fused or solo --------------------------------------------------------------------------------
-
-_TRIED_EXAMPLES = 4
-
-
-@dataclass(frozen=True)
-class Fusibility:
-    """Whether a program can be trained fused; `reason` is one line, also where it can."""
-
-    ok: bool
-    reason: str
+def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether the same is in both."""
+    same = functools.partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
+    return first.keys() == second.keys() and all(
+        same(tensor.cpu().double(), second[name].double()) for name, tensor in first.items()
+    )
 
 
-def fusible(recipe: Recipe) -> Fusibility:
-    """Try it: an update and an evaluation of two slots on a few examples, fused and solo.
-
-    Nothing is decided by name. Both must give the same losses, metrics and weights, in float64,
-    or in the recipe's precision where the model insists on it, and for each word that the loss
-    may branch on.
-    """
-    tried = [_fusible(recipe, values) for values in branches(recipe.program.searched)]
-    return next((each for each in tried if not each.ok), tried[0])
-
-
-def _fusible(recipe: Recipe, values: Mapping[str, Any]) -> Fusibility:
-    exact = replace(recipe, precision="float64").tiny(_TRIED_EXAMPLES)
-    trainings = _two_trainings(recipe, values)
-    try:
-        alone, tolerance = _train_solo(exact, trainings), 1e-6
-    except Exception:  # the model has a type of its own; what else is wrong shows below
-        exact, tolerance = recipe.tiny(_TRIED_EXAMPLES), 1e-2
-        alone = _train_solo(exact, trainings)
-    try:
-        fused = Fused(exact, len(trainings))
-        together = _train(fused, trainings)
-    except Exception as error:
-        return Fusibility(False, _one_line(error))
-    apart = max(_distance(a, b) for a, b in zip(alone, together, strict=True))
-    if not apart <= tolerance:
-        return Fusibility(False, f"tried: side by side they differ from alone by {apart:.1e}")
-    condition = ", where trainings see the same batches" if fused.shares_batches else ""
-    return Fusibility(True, f"tried: each trains as it would alone{condition}")
-
-
-def _two_trainings(recipe: Recipe, values: Mapping[str, Any]) -> list[Training]:
-    found = []
-    for k in range(2):
-        rates = {site.path: 0.2 + 0.2 * k for site in recipe.sites}
-        assignment = Assignment(rates, recipe.program.lr, dict(values))
-        seeds = Seeds(weights=k, data=k, split=0)
-        found.append(Training.apart(k, assignment, seeds, intervals=2))
-    return found
-
-
-def _train_solo(recipe: Recipe, trainings: list[Training]) -> list[dict[str, Tensor]]:
-    return [_train(Solo(recipe), [training])[0] for training in trainings]
-
-
-def _train(trainer: Trainer, trainings: list[Training]) -> list[dict[str, Tensor]]:
-    """Everything that one interval leaves behind."""
-    for index, training in enumerate(trainings):
-        trainer.fill(index, training)
-    outcomes = trainer.train_interval()
-    left = []
-    for index, outcome in sorted(outcomes.items()):
-        values = {k: v for k, v in outcome.measurement.values.items() if k != "time/seconds"}
-        numbers = {key: torch.tensor(value) for key, value in values.items()}
-        left.append({**numbers, **trainer.snapshot(index).tensors})
-    return left
-
-
-def _distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """The largest difference, relative to each tensor's largest number."""
-    if first.keys() != second.keys():
-        return math.inf
-    apart = 0.0
-    for key, a in first.items():
-        a, b = a.double(), second[key].double()
-        if a.numel():
-            scale = 1.0 + float(a.abs().max())
-            same = (a == b) | (a.isnan() & b.isnan())
-            difference = torch.where(same, 0.0, (a - b).abs().nan_to_num(math.inf))
-            apart = max(apart, float(difference.max()) / scale)
-    return apart
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else f"{text[:199]}…"
+def one_line(error: BaseException) -> str:
+    """Where an error is from and what it says, in one line that is not too long."""
+    text = str(error) if isinstance(error, DroptuneError) else told(error)
+    return text if len(text) <= 300 else f"{text[:299]}…"
 
 
 # -- the trainer of a worker ----------------------------------------------------------------------
@@ -358,9 +332,6 @@ class Remembers(Protocol):
     def recall_width(self, device: str, fingerprint: str) -> dict[str, Any] | None: ...
 
 
-STREAMED_WIDTH = 4  # not measured where data are streamed
-
-
 def make_trainer(recipe: Recipe, study: Studied, width: int | None = None) -> Trainer:
     """The trainer of a worker: fused where the study found that it can be.
 
@@ -382,8 +353,6 @@ def trainer_of(recipe: Recipe, width: int) -> Trainer:
 
 def _best_width(recipe: Recipe, study: Studied) -> int:
     most = widest(study.spec)
-    if recipe.feed(0).streamed:  # a measurement holds one batch; one load then serves all slots
-        return min(STREAMED_WIDTH, most)
     device, code = _device_name(recipe.device), _code(recipe, study, most)
     known = study.storage.recall_width(device, code)
     if known is not None:

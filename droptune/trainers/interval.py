@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from droptune.errors import ProgramError
+from droptune.program.declared import is_number
 from droptune.trainers.batched import BatchedModel, Step
 from droptune.trainers.course import Course
 from droptune.trainers.feed import Update
@@ -55,6 +58,10 @@ class Interval:
         views = layout.views(self._weights)
         self._leaves = {name: view.detach().requires_grad_() for name, view in views.items()}
         self._varying = {name: tensor[rows] for name, tensor in model.stack.varying.items()}
+        self._idle = {
+            name: self._varying[name].detach().requires_grad_() for name in model.stack.parts.idle
+        }
+        self._varying |= self._idle
         self._gradients = torch.zeros_like(self._weights)
         self._gradient_views = list(layout.views(self._gradients).values())
         self._numbers = self._numbers_of(slots)
@@ -64,7 +71,7 @@ class Interval:
 
     def _numbers_of(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
         """The searched values that are numbers, [k] each."""
-        names = [n for n, v in slots[0].assignment.values.items() if not isinstance(v, str | bool)]
+        names = [name for name, value in slots[0].assignment.values.items() if is_number(value)]
         return {
             name: self._tensor([float(slot.assignment.values[name]) for slot in slots])
             for name in names
@@ -117,9 +124,13 @@ class Interval:
         return total
 
     def _backward(self, losses: Tensor, share: float, *, first: bool) -> None:
-        leaves = list(self._leaves.values())
+        leaves = {**self._leaves, **self._idle}
         weights = torch.full_like(losses, share)
-        gradients = torch.autograd.grad(losses, leaves, weights, materialize_grads=True)
+        given = torch.autograd.grad(losses, list(leaves.values()), weights, allow_unused=True)
+        gradients = [gradient for gradient in given if gradient is not None]
+        for name, gradient in zip(leaves, given, strict=True):
+            if (gradient is None) != (name in self._idle):  # an optimizer leaves such weights alone
+                raise ProgramError(f"some updates train {name}, and others do not")
         if first:
             torch._foreach_copy_(self._gradient_views, gradients)
         else:
@@ -136,7 +147,7 @@ class Interval:
         self._optimizer.step(number, self._gradients)
 
 
-def words_of(slot: Slot) -> dict[str, str | bool]:
+def words_of(slot: Slot) -> dict[str, Any]:
     """The searched values of a slot that are no numbers, as its loss reads them."""
     values = slot.assignment.values
-    return {n: v for n, v in values.items() if isinstance(v, str | bool) and n != "schedule"}
+    return {n: v for n, v in values.items() if not is_number(v) and n != "schedule"}

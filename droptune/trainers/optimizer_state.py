@@ -25,6 +25,13 @@ def build(make: MakeOptimizer, model: nn.Module, assignment: Assignment) -> Opti
     weights (so biases that were left out stay out), and in all groups where none does.
     """
     optimizer = make(model, assignment.lr)
+    own = names_of(model)
+    foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+    if foreign:  # all trainings would train them together
+        raise ProgramError(
+            f"optimizer(model, lr) trains {len(foreign)} tensors that are no parameters of the "
+            f"model (first: shape {tuple(foreign[0].shape)}): make them parameters of the model"
+        )
     decay = assignment.values.get("weight_decay")
     if decay is None:
         return optimizer

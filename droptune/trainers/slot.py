@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -137,7 +138,7 @@ class Trainer(ABC):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._interrupted = False
+        self.interrupted = threading.Event()
 
     @abstractmethod
     def fill(self, index: int, training: Training, snapshot: Snapshot | None = None) -> None:
@@ -172,11 +173,11 @@ class Trainer(ABC):
 
     def interrupt(self) -> None:
         """From any thread or signal handler: end the running interval after its current batch."""
-        self._interrupted = True
+        self.interrupted.set()
 
     def _stop_if_interrupted(self) -> None:
-        if self._interrupted:
-            self._interrupted = False
+        if self.interrupted.is_set():
+            self.interrupted.clear()
             raise Interrupted
 
 

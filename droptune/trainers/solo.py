@@ -79,6 +79,11 @@ class Solo(Trainer):
     def occupied(self) -> tuple[int, ...]:
         return () if self._held is None else (0,)
 
+    @property
+    def parts(self) -> tuple[nn.Module, Optimizer]:
+        """What trains in the slot."""
+        return self._filled().model, self._filled().optimizer
+
     def _filled(self) -> _Held:
         assert self._held is not None, "the slot is empty"
         return self._held
@@ -133,7 +138,7 @@ class Solo(Trainer):
             set_learning_rates(held.optimizer, held.base, float(course.factors[number, 0]))
             losses.append(self._update(held, course, number, update))
             sizes.append(update.size)
-            draws = draws and before != _host_state()
+            draws = draws and before != host_state()
         return torch.stack(losses).tolist(), sizes, held.optimizer.param_groups[0]["lr"]
 
     def _update(self, held: _Held, course: Course, number: int, update: Update) -> Tensor:
@@ -234,8 +239,9 @@ def _reseed(seed: int, update: int, device: torch.device, *, host: bool) -> obje
         return None
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
-    return _host_state()
+    return host_state()
 
 
-def _host_state() -> object:
+def host_state() -> object:
+    """Where NumPy's and Python's generators are."""
     return random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from droptune.errors import ProgramError
 from droptune.program.program import default_values
 from droptune.sites.installed import Installed
 from droptune.trainers.optimizer_state import build, names_of
@@ -24,33 +25,42 @@ class Parts:
 
     `trained` is laid out in rows; `varying` (buffers that training changes, frozen weights that
     the seed decides) has one tensor [K, ...] for each name; `shared` one tensor for all slots.
+    `idle` names those of `varying` that the optimizer would train, and the loss did not reach.
     """
 
     trained: Layout
     varying: Mapping[str, Tensor]
     shared: Mapping[str, Tensor]
+    idle: frozenset[str]
 
 
 def take_apart(recipe: Recipe, model: nn.Module, installed: Installed) -> Parts:
-    """What training does to each weight and buffer, as one step shows.
+    """What training does to each weight and buffer, as one step and one evaluation show.
 
-    `model` is used up: its buffers move as they do in training.
+    `model` is used up: its buffers move as they do in training. Raises ProgramError where a
+    weight has hooks on its gradient, which would see no slot's.
     """
+    for name, weight in model.named_parameters():
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            raise ProgramError(f"a hook on the gradient of {name} is of one training's weight")
     optimizer = build(recipe.program.optimizer, model, Assignment({}, recipe.program.lr))
     before = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
-    trained = _train_once(recipe, model, installed)
-    layout = Layout.of(optimizer, {k: n for k, n in names_of(model).items() if n in trained})
+    trained, names = _train_once(recipe, model, installed), names_of(model)
+    layout = Layout.of(optimizer, {k: n for k, n in names.items() if n in trained})
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    idle = {names[id(weight)] for weight in weights if weight.requires_grad} - trained
     now, other = tensors_of(model), tensors_of(recipe.fresh_model(1))
     fixed = {name: tensor for name, tensor in before.items() if name not in layout.names}
     shared = {
         name
         for name, tensor in fixed.items()
         if torch.equal(tensor, now[name]) and torch.equal(tensor, other[name])
-    }
+    } - idle
     return Parts(
         trained=layout,
         varying={name: tensor for name, tensor in fixed.items() if name not in shared},
         shared={name: tensor for name, tensor in fixed.items() if name in shared},
+        idle=frozenset(idle),
     )
 
 
@@ -61,9 +71,12 @@ def _train_once(recipe: Recipe, model: nn.Module, installed: Installed) -> set[s
     rates = torch.zeros(sites, device=recipe.device)
     keys = torch.zeros(sites, 2, dtype=torch.int32, device=recipe.device)
     seeded = torch.random.fork_rng(devices=[])  # for what is random and no site
-    with seeded, installed.active(rates, keys), recipe.autocast():
-        loss = program.loss(model.train(), batch, default_values(program.searched))
-    loss.backward()  # type: ignore[no-untyped-call]
+    with seeded:
+        with installed.active(rates, keys), recipe.autocast():
+            loss = program.loss(model.train(), batch, default_values(program.searched))
+        loss.backward()  # type: ignore[no-untyped-call]
+        with installed.active(training=False), recipe.autocast(), torch.no_grad():
+            program.predict(model.eval(), batch)
     reached = {name for name, w in model.named_parameters() if w.grad is not None}
     model.zero_grad()
     return reached

@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from droptune.errors import ProgramError
@@ -37,22 +37,29 @@ LONG_ROW = 2048  # weights of a row from which one pass per row beats passes ove
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each trained weight lies in a row: names, shapes, and how many each group holds."""
+    """Where each trained weight lies in a row: names and shapes, and which of the weights of each
+    parameter group these are."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    groups: tuple[int, ...]
+    places: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, optimizer: Optimizer, names: Mapping[int, str]) -> Layout:
         """The weights of `optimizer` that `names` knows (by id), in its order."""
-        groups = [[p for p in g["params"] if id(p) in names] for g in optimizer.param_groups]
-        weights = [p for group in groups for p in group]
+        given = [group["params"] for group in optimizer.param_groups]
+        places = tuple(tuple(i for i, p in enumerate(g) if id(p) in names) for g in given)
+        weights = [g[i] for g, own in zip(given, places, strict=True) for i in own]
         return cls(
             names=tuple(names[id(p)] for p in weights),
             shapes=tuple(tuple(p.shape) for p in weights),
-            groups=tuple(len(group) for group in groups),
+            places=places,
         )
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """How many weights each parameter group holds."""
+        return tuple(len(own) for own in self.places)
 
     @property
     def sizes(self) -> list[int]:
@@ -74,7 +81,7 @@ class Layout:
         """Each weight of `rows` [..., P] as a view [..., *shape]."""
         pieces = torch.split(rows, self.sizes, dim=-1)
         return {
-            name: piece.view(*rows.shape[:-1], *shape)
+            name: piece.view((*rows.shape[:-1], *shape))
             for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
         }
 
@@ -216,6 +223,7 @@ class _RowUpdates:
 
     k: int
     columns: slice
+    kernel: Callable[..., None]
     tensors: tuple[list[Tensor], ...]  # weights, exp_avg, exp_avg_sq, max_exp_avg_sq, step
     lrs: list[float]
     options: dict[str, Any]
@@ -229,8 +237,6 @@ class RowwiseAdam(VectorOptimizer):
     """
 
     def prepare(self, rows: slice, factors: Array, steps: Array) -> None:
-        decoupled = self._flags[0]["decoupled_weight_decay"]
-        self._kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
         self._steps = torch.as_tensor(steps, dtype=torch.float32)
         self._updates = [
             self._row_updates(k, rows.start + k, group, factors[:, k])
@@ -244,11 +250,12 @@ class RowwiseAdam(VectorOptimizer):
         settings, columns = self._settings[row][group], self._layout.columns[group]
         state = {name: [self.state[name][row, columns]] for name in self._states[group]}
         weights, largest = [self._stack[row, columns]], state.get("max_exp_avg_sq", [])
-        step = [self._steps[k]]
+        step, decoupled = [self._steps[k]], settings["decoupled_weight_decay"]
         beta1, beta2 = settings["betas"]
         return _RowUpdates(
             k=k,
             columns=columns,
+            kernel=torch._fused_adamw_ if decoupled else torch._fused_adam_,
             tensors=(weights, state["exp_avg"], state["exp_avg_sq"], largest, step),
             lrs=(settings["lr"] * factors).tolist(),
             options={
@@ -265,7 +272,7 @@ class RowwiseAdam(VectorOptimizer):
         self._steps.add_(1)
         for of, gradient in zip(self._updates, self._gradients[1], strict=True):
             weights, *rest = of.tensors
-            self._kernel(weights, gradient, *rest, lr=of.lrs[update], **of.options)
+            of.kernel(weights, gradient, *rest, lr=of.lrs[update], **of.options)
 
 
 def _compact(columns: Sequence[Array], like: Tensor) -> Sequence[Number]:
@@ -284,7 +291,11 @@ def _flags(settings: Settings) -> dict[str, bool]:
 
 
 class SlotwiseOptimizer(StackOptimizer):
-    """Any torch optimizer: one per row, on parameters that are views of the row."""
+    """Any torch optimizer: one per row, its parameters made views of the row.
+
+    They stay the objects that it was made with, so that it finds what it keeps of each (Adagrad's
+    sums from the beginning, an inner optimizer, a hook of its author's).
+    """
 
     def __init__(self, stack: Tensor, layout: Layout) -> None:
         self._stack = stack
@@ -295,13 +306,19 @@ class SlotwiseOptimizer(StackOptimizer):
         self._factors: Array = np.zeros((0, 0))
 
     def fill(self, row: int, made: Optimizer, state: Mapping[str, Tensor], rest: Rest) -> None:
-        self._base[row] = settings_of(made)
-        views = iter(self._layout.views(self._stack[row]).values())
-        for group, count in zip(made.param_groups, self._layout.groups, strict=True):
-            group["params"] = [nn.Parameter(next(views)) for _ in range(count)]
-        made.state.clear()
-        self._made[row] = made
+        for group, places in zip(made.param_groups, self._layout.places, strict=True):
+            given = group["params"]
+            group["params"] = [given[place] for place in places]
+            for left_out in set(range(len(given))) - set(places):
+                made.state.pop(given[left_out], None)
+        self._put(row, made, settings_of(made))
         import_state(made, self._names(row), state, rest)
+
+    def _put(self, row: int, made: Optimizer, base: list[Settings]) -> None:
+        self._made[row], self._base[row] = made, base
+        views = self._layout.views(self._stack[row]).values()
+        for weight, view in zip(self._weights(row), views, strict=True):
+            weight.data = view
 
     def _of(self, row: int) -> Optimizer:
         made = self._made[row]
@@ -332,11 +349,10 @@ class SlotwiseOptimizer(StackOptimizer):
         return export_state(self._of(row), self._names(row))
 
     def permute(self, order: Sequence[int]) -> None:
-        moved = [(self._of(row), self._base[row], self._copy(row)) for row in order]
+        moved = [(self._of(row), self._base[row]) for row in order]
         self._made = [None] * len(self._made)
-        for row, (made, base, (tensors, rest)) in enumerate(moved):
-            self.fill(row, made, tensors, rest)
-            self._base[row] = base
+        for row, (made, base) in enumerate(moved):
+            self._put(row, made, base)
 
     def _copy(self, row: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, rest = self.export(row, 0)
@@ -354,8 +370,9 @@ class SlotwiseOptimizer(StackOptimizer):
 
 def stack_optimizer(stack: Tensor, layout: Layout, made: Optimizer) -> StackOptimizer:
     """The vectorised optimizer where one is written, slot by slot otherwise."""
+    hooked = made._optimizer_step_pre_hooks or made._optimizer_step_post_hooks
     plain = not any(group.get("differentiable") for group in made.param_groups)
-    if type(made) not in RULES or not plain:
+    if type(made) not in RULES or hooked or not plain:
         return SlotwiseOptimizer(stack, layout)
     adam = type(made) in (torch.optim.Adam, torch.optim.AdamW)
     if adam and stack.device.type == "cpu" and layout.size >= LONG_ROW:

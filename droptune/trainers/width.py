@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from droptune.program.data import Streamed
 from droptune.program.program import default_values
 from droptune.trainers.memory import (
     free_memory,
@@ -65,7 +66,8 @@ def choose_width(
     """Measure 1 (solo), 4, 16, … up to `most`, then between and beside the best.
 
     `make(recipe, width)` makes a trainer; `memory` bytes may be used (None: a share of what is
-    free now). Takes seconds. Width 1 is an answer like any other.
+    free now). Takes seconds. Width 1 is an answer like any other. What loading a batch of
+    streamed data takes is shared by a group.
     """
     budget = free_memory(recipe.device) if memory is None else memory
     measured = _Measured(recipe, make, budget)
@@ -90,10 +92,14 @@ class _Measured:
 
     def __init__(self, recipe: Recipe, make: Callable[[Recipe, int], Trainer], memory: int) -> None:
         size = recipe.program.batch_size
-        self._recipe = recipe.tiny(2 * size, UPDATES)
         self._make = make
         self._memory = memory
+        started = time.perf_counter()
+        self._recipe = recipe.tiny(2 * size, UPDATES)
         self._started = time.perf_counter()
+        train = recipe.program.splits(0).train
+        loaders = max(train.workers, 1) if isinstance(train, Streamed) else math.inf
+        self._load = (self._started - started) / 2 / loaders  # seconds for a batch
         self._too_wide = math.inf
         self.tried: list[Tried] = []
         self.ended = "the widest that was asked for"
@@ -102,9 +108,13 @@ class _Measured:
         """The fastest; of almost equal ones the narrowest."""
         best = self.tried[0]
         for tried in sorted(self.tried, key=lambda each: each.width):
-            if tried.seconds < GAIN * best.seconds:
+            if self._seconds(tried) < GAIN * self._seconds(best):
                 best = tried
         return best
+
+    def _seconds(self, tried: Tried) -> float:
+        """For an update of one training, and its share of loading the data."""
+        return tried.seconds + self._load / tried.width
 
     def goes_on(self, width: int) -> bool:
         """Whether this width is worth trying, and can be."""
@@ -132,8 +142,8 @@ class _Measured:
         if len(fused) < 2:
             return False
         before, last = fused[-2:]
-        slower = last.seconds > 1.1 * self.best().seconds
-        return slower and last.seconds > 0.9 * before.seconds
+        slower = self._seconds(last) > 1.1 * self._seconds(self.best())
+        return slower and self._seconds(last) > 0.9 * self._seconds(before)
 
     @property
     def _elapsed(self) -> float:

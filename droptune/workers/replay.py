@@ -7,6 +7,7 @@ the recorded curve may differ from the replayed one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,4 +98,11 @@ def _nudged(recipe: Recipe, training: Training) -> Snapshot:
 
 
 def _apart(first: tuple[float, ...], second: tuple[float, ...]) -> float:
-    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+    return max(_difference(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _difference(a: float, b: float) -> float:
+    """Infinite where only one of both is no number."""
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return 0.0
+    return math.inf if math.isnan(a - b) else abs(a - b)

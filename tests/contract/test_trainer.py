@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,15 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from droptune.errors import ProgramError
 from droptune.program.data import InMemory, Streamed
 from droptune.program.program import Program, adapt, classification
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.trainers.checkpoint import CheckpointStore
-from droptune.trainers.fused import Fused, fusible
+from droptune.trainers.fused import Fused
+from droptune.trainers.fusibility import fusible
 from droptune.trainers.memory import is_out_of_memory
 from droptune.trainers.recipe import Recipe
+from droptune.trainers.resumption import what_is_lost
 from droptune.trainers.slot import Interrupted, Outcome, Snapshot, Trainer
 from droptune.trainers.solo import Solo
 from droptune.training import Assignment, Seeds, Training, TrainingKind
@@ -504,10 +509,38 @@ def test_an_optimizer_that_is_not_written_out_is_stepped_slot_by_slot():
     assert_same(fused.snapshot(2), alone(recipe, third, 2)[0])
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adagrad, torch.optim.NAdam, torch.optim.SGD])
+def test_what_an_optimizer_begins_with_and_its_hooks_are_each_slots_own(optimizer):
+    def make(model, lr):
+        made = optimizer(model.parameters(), lr)
+        made.register_step_post_hook(lambda *_: _clamp(model))
+        return made
+
+    recipe = make_recipe(_classify(Cnn, _noise(22, 1, 8, 8), lr=1e-2, optimizer=make))
+    assert fusible(recipe).ok
+    first, second, late = (training(recipe, number) for number in range(3))
+    fused = Fused(recipe, 2)
+    fused.fill(0, first)
+    fused.fill(1, second)
+    fused.train_interval()
+    fused.empty(0)
+    fused.train_interval()  # the second moves to another row
+    fused.fill(0, late)
+    fused.train_interval()
+    assert_same(fused.snapshot(1), alone(recipe, second, 3)[0])
+    assert_same(fused.snapshot(0), alone(recipe, late, 1)[0])
+
+
+@torch.no_grad()
+def _clamp(model):
+    for weight in model.parameters():
+        weight.clamp_(-0.3, 0.3)
+
+
 def test_searched_words_and_numbers_reach_the_loss():
     class Worded:
         batch_size, epochs, lr = 8, INTERVALS, 1e-2
-        searched: ClassVar = {"kind": ["squared", "absolute"], "power": (0.5, 2.0)}
+        searched: ClassVar = {"kind": ["squared", None], "power": (0.5, 2.0)}
         task = "regression"
 
         def model(self):
@@ -523,7 +556,7 @@ def test_searched_words_and_numbers_reach_the_loss():
 
     program = adapt(Worded())
     recipe = make_recipe(program)
-    values = [("squared", 1.0), ("absolute", 1.5), ("squared", 0.7)]
+    values = [("squared", 1.0), (None, 1.5), ("squared", 0.7)]
     trainings = [
         training(recipe, k, values={"kind": kind, "power": power})
         for k, (kind, power) in enumerate(values)
@@ -540,16 +573,18 @@ def test_frozen_weights_are_shared_and_unused_ones_left_alone():
             self.frozen.requires_grad_(False)
             self.random = nn.Linear(8, 8).requires_grad_(False)
             self.unused = nn.Linear(2, 2)
+            self.scale = nn.Parameter(torch.tensor(0.5))
             self.drop, self.head = nn.Dropout(0.4), nn.Linear(8, CLASSES)
 
         def forward(self, x):
-            return self.head(self.drop(torch.tanh(self.random(self.frozen(x)))))
+            return self.head(self.drop(torch.tanh(self.random(self.frozen(x)) * self.scale)))
 
     recipe = make_recipe(_classify(Partly, _noise(22, 6), weight_decay=0.1))
     assert_fused_is_solo(recipe, [training(recipe, k) for k in range(2)])
     parts = Fused(recipe, 2)._stack.parts
     assert set(parts.shared) == {"frozen.weight", "frozen.bias"}
-    assert set(parts.trained.names) == {"head.weight", "head.bias"}
+    assert set(parts.trained.names) == {"head.weight", "head.bias", "scale"}
+    assert parts.idle == {"unused.weight", "unused.bias"}
 
 
 def test_a_buffer_that_is_assigned_anew_is_kept_for_each_slot():
@@ -558,15 +593,25 @@ def test_a_buffer_that_is_assigned_anew_is_kept_for_each_slot():
             super().__init__()
             self.net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, CLASSES))
             self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("evaluations", torch.tensor(0))
 
         def forward(self, x):
             hidden = self.net[0](x)
             if self.training:
                 self.mean = 0.9 * self.mean + 0.1 * hidden.detach().mean(0)
-            return self.net[2](self.net[1](hidden - self.mean))
+            else:
+                self.evaluations += 1
+            return self.net[2](self.net[1](hidden - self.mean + 0.1 * self.evaluations))
 
     recipe = make_recipe(_classify(Counting, _noise(22, 6)))
-    assert_fused_is_solo(recipe, [training(recipe, k) for k in range(2)])
+    first, late = training(recipe, 0), training(recipe, 1)
+    fused = Fused(recipe, 2)
+    fused.fill(0, first)
+    fused.train_interval()
+    fused.fill(1, late)
+    fused.train_interval()
+    assert_same(fused.snapshot(0), alone(recipe, first, 2)[0])
+    assert_same(fused.snapshot(1), alone(recipe, late, 1)[0])
 
 
 def test_half_precision_runs_fused_and_solo_and_agrees_to_its_rounding():
@@ -608,6 +653,175 @@ def test_other_randomness_of_a_model_is_seeded_by_the_update_and_makes_it_solo()
     resumed.train_interval()
     assert torch.equal(torch.get_rng_state(), state)
     assert_same(resumed.snapshot(0), first, tolerance=1e-12)
+
+
+# -- what cannot be fused -------------------------------------------------------------------------
+
+
+class _Sly(nn.Module):
+    """Looks harmless in its first update."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.hidden, self.drop, self.head = nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES)
+        self.shift = nn.Parameter(torch.zeros(6))
+        self.how, self.calls, self.ready = how, 0, False
+        if how == "hook":
+            self.hidden.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+
+    def forward(self, x):
+        if self.how == "input" and self.training:
+            x += self.shift
+        h = self.hidden(x + self.shift)
+        if self.how == "calls" and self.training:
+            self.calls += 1
+            h = h * 2 if self.calls > 5 else h
+        if self.how == "once" and not self.ready:
+            self.ready = True
+            self.shift.data.copy_(-x.mean(0))
+        if self.how == "generator" and random.random() < 1e-3:
+            h = -h
+        return self.head(self.drop(h))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("calls", "_Sly.calls"),
+        ("hook", "a hook on the gradient of hidden.weight"),
+        ("generator", "Python's generator"),
+        ("input", "broadcast shape"),
+        ("once", ""),
+    ],
+)
+def test_what_would_show_only_later_or_after_a_refill_is_found_out(how, reason):
+    recipe = make_recipe(_classify(functools.partial(_Sly, how), _noise(22, 6)))
+    found = fusible(recipe)
+    assert not found.ok
+    assert reason in found.reason
+    assert "\n" not in found.reason
+
+
+class _Lookahead(torch.optim.SGD):
+    """Remembers slow weights beside its state."""
+
+    def __init__(self, weights, lr):
+        super().__init__(weights, lr)
+        self.slow = [weight.detach().clone() for weight in self.param_groups[0]["params"]]
+
+    def step(self, closure=None):
+        super().step(closure)
+        for weight, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+            slow.lerp_(weight.detach(), 0.5)
+            weight.data.copy_(slow)
+
+
+def test_what_a_resumed_training_would_lose_is_found_out():
+    assert what_is_lost(recipe_of("mlp with batch norm")) == []
+    counting = _classify(functools.partial(_Sly, "calls"), _noise(22, 6))
+    assert "_Sly.calls is in no state_dict" in what_is_lost(make_recipe(counting))[0]
+    slow = _classify(Cnn, _noise(22, 1, 8, 8), optimizer=_Lookahead)
+    assert "its optimizer remembers" in what_is_lost(make_recipe(slow))[0]
+
+
+class _Seldom(nn.Module):
+    """Its `extra` is trained where an input is large, as in the first batches or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.extra = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        h = self.hidden(x)
+        return self.head(self.drop(self.extra(h) if (x > 5).any() else h))
+
+
+@pytest.mark.parametrize("large", [0, 17])
+def test_weights_that_some_updates_leave_alone_are_left_alone(large):
+    x = _noise(22, 6)
+    x[large, 0] = 6.0
+    program = _classify(_Seldom, x, optimizer="adam", validation=(x[:5], _labels(5)))
+    recipe = make_recipe(program)
+    assert fusible(recipe).ok  # so it seems
+    trainings = [training(recipe, k) for k in range(2)]
+    fused = Fused(recipe, 2)
+    for index, each in enumerate(trainings):
+        fused.fill(index, each)
+    fused.train_interval()
+    assert fused.alone is not None
+    again = Fused(recipe, 2)  # another worker goes on with them
+    for index, each in enumerate(trainings):
+        again.fill(index, each, fused.snapshot(index))
+    again.train_interval()
+    for index, each in enumerate(trainings):
+        assert_same(again.snapshot(index), alone(recipe, each, 2)[0])
+
+
+def test_a_training_that_fails_changes_nothing_for_the_others():
+    class Probability(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.head = nn.Dropout(0.2), nn.Linear(6, 1)
+
+        def forward(self, x):
+            return self.head(self.drop(x)).sigmoid().squeeze(-1)
+
+    class Binary:
+        batch_size, epochs, lr = 8, INTERVALS, 1e-2
+
+        def model(self):
+            return Probability()
+
+        def data(self):
+            return {"train": (_noise(22, 6), (_noise(22) > 0).float()), "test": False}
+
+        def loss(self, model, batch):
+            return functional.binary_cross_entropy(model(batch[0]), batch[1])
+
+    recipe = make_recipe(adapt(Binary()))
+    good, bad = training(recipe, 0), training(recipe, 1, lr=1e300)
+    fused = Fused(recipe, 2)
+    fused.fill(0, good)
+    fused.fill(1, bad)
+    before = fused.snapshot(0)
+    with pytest.raises(RuntimeError, match="between 0 and 1"):
+        fused.train_interval()
+    assert_same(fused.snapshot(0), before, tolerance=1e-300)
+    assert not fused.shares_batches
+    assert fused.alone is None
+    fused.empty(1)
+    fused.train_interval()
+    assert_same(fused.snapshot(0), alone(recipe, good, 1)[0])
+
+
+def test_an_optimizer_of_other_tensors_than_the_models_is_refused():
+    def make(model, lr):
+        return torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(3))], lr)
+
+    recipe = make_recipe(_classify(Mlp, _noise(22, 6), optimizer=make))
+    with pytest.raises(ProgramError, match=r"1 tensors .* no parameters of the model"):
+        fusible(recipe)
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.ReLU())
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        h = checkpoint(self.block, self.first(x), use_reentrant=self.reentrant)
+        return self.head(checkpoint(self.block, h, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_segments_are_run_once_where_they_are_fused(reentrant):
+    model = functools.partial(_Checkpointed, reentrant)
+    recipe = make_recipe(_classify(model, _noise(22, 6)))
+    assert fusible(recipe).ok
+    assert_fused_is_solo(recipe, [training(recipe, k) for k in range(2)])
 
 
 # -- what interrupts ------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ CASES = {
     "sgd maximize": (SGD, {"momentum": 0.8, "maximize": True}),
     "adam": (Adam, {"weight_decay": 0.1}),
     "adam amsgrad": (Adam, {"amsgrad": True, "betas": (0.8, 0.95), "eps": 1e-3}),
+    "adam decoupled": (Adam, {"decoupled_weight_decay": True, "weight_decay": 0.3}),
     "adamw": (AdamW, {"weight_decay": 0.3}),
     "adamw undecayed": (AdamW, {"weight_decay": 0.0, "maximize": True}),
     "rmsprop": (RMSprop, {"alpha": 0.9, "weight_decay": 0.1}),

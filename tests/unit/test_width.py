@@ -135,17 +135,34 @@ def test_the_hosts_memory_errors_end_the_search_too(recipe):
 
 
 class Examples(Dataset):
+    """`reading` seconds for each, on a clock of its own."""
+
+    def __init__(self, clock=None, reading=0.0):
+        self.clock, self.reading = clock or [0.0], reading
+
     def __len__(self):
-        return 5  # fewer than a measurement asks for
+        return 15  # fewer than a measurement asks for
 
     def __getitem__(self, i):
+        self.clock[0] += self.reading
         return torch.full((4,), float(i)), i % 2
 
 
-def test_a_width_is_measured_on_streamed_data_in_small_batches():
-    program = classification(model=net, train=Examples(), batch_size=2, epochs=2, lr=1e-3)
+@pytest.mark.parametrize(("reading", "width"), [(0.0, 1), (0.1, 16)])
+def test_a_group_reads_streamed_data_once(monkeypatch, reading, width):
+    clock = [0.0]
+    data = Examples(clock, reading)
+    program = classification(
+        model=net, train=data, validation=(torch.zeros(4, 4), torch.tensor([0, 1, 0, 1])),
+        test=False, batch_size=8, epochs=2, lr=1e-3,
+    )  # fmt: skip
     recipe = Recipe(program, find_program_sites(program).sites, Objective("nll"))
-    assert choose_width(recipe, trainer_of, most=4).width in (1, 2, 4)
+    monkeypatch.setattr("droptune.trainers.width.time.perf_counter", lambda: clock[0])
+    slower_fused = lambda k: 1e-2 * k * (1.0 if k == 1 else 1.3)  # noqa: E731
+    choice = choose_width(
+        recipe, lambda recipe, wide: Paced(recipe, wide, slower_fused, clock), most=16
+    )
+    assert choice.width == width
 
 
 def test_the_device_here_has_memory():
