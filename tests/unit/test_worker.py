@@ -100,6 +100,9 @@ def test_seconds_come_from_the_environment():
     assert found["DROPTUNE_PATIENCE"] == 0
     assert found["DROPTUNE_LEASE_SECONDS"] == 2.5
     assert found["DROPTUNE_IDLE_SECONDS"] == 600
+    assert read_seconds({}, until_done=True)["DROPTUNE_IDLE_SECONDS"] == math.inf
+    given = {"DROPTUNE_IDLE_SECONDS": "60"}
+    assert read_seconds(given, until_done=True)["DROPTUNE_IDLE_SECONDS"] == 60
     for wrong in ("soon", "-1", "inf", "nan"):
         with pytest.raises(ConfigurationError, match=f"DROPTUNE_PATIENCE={wrong}"):
             read_seconds({"DROPTUNE_PATIENCE": wrong})
