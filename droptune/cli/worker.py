@@ -22,7 +22,7 @@ from droptune.cli.options import (
     open_storage,
     print_json,
 )
-from droptune.errors import ConfigurationError, StorageError
+from droptune.errors import ConfigurationError, DatabaseAwayError
 from droptune.verdict.wording import counted
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def start(
         idle_seconds=seconds[IDLE],
         checkpoint_seconds=seconds[CHECKPOINT],
     )
-    opened = _open(settings.storage, patience=seconds[PATIENCE], lease=seconds[LEASE])
+    opened = open_patiently(settings.storage, patience=seconds[PATIENCE], lease=seconds[LEASE])
     Worker(opened, options).run(names or [])
 
 
@@ -121,14 +121,14 @@ def read_seconds(environment: Mapping[str, str], *, until_done: bool = False) ->
     return found
 
 
-def _open(url: str, *, patience: float, lease: float) -> Storage:
+def open_patiently(url: str, *, patience: float, lease: float) -> Storage:
     """The database; a worker may be started before it."""
     from droptune.storage import Storage
 
     try:
         opened = Storage.open(url, lease_seconds=lease)
         opened.patience = patience
-    except StorageError as error:
+    except DatabaseAwayError as error:
         log.warning("%s Waiting up to %.0f s.", error, patience)
         opened = Storage.open(url, patience=patience, lease_seconds=lease)
     return opened
