@@ -241,12 +241,14 @@ def insert_study(
     return row
 
 
-def lock_study(connection: sa.Connection, study_id: int) -> sa.Row[Any] | None:
+def lock_study(
+    connection: sa.Connection, study_id: int, *beside: sa.ColumnElement[Any]
+) -> sa.Row[Any] | None:
     """The study's row, locked until the transaction ends: its counters may then change.
 
-    The row's `at` is the database's time.
+    The row's `at` is the database's time; `beside` are more columns, of other tables.
     """
-    query = counters().where(schema.studies.c.id == study_id)
+    query = counters().add_columns(*beside).where(schema.studies.c.id == study_id)
     return connection.execute(query.with_for_update()).one_or_none()
 
 
