@@ -16,6 +16,7 @@ COPY constraints.txt ./
 RUN pip install --constraint constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY droptune ./droptune
+COPY studies ./studies
 RUN pip install --constraint constraints.txt .
 
 FROM python:${PYTHON}

@@ -6,6 +6,7 @@
     │   ├── ProgramError                 the user's model, data or loss
     │   ├── SiteError                    dropout sites and rates
     │   ├── StorageError                 the database and what is asked of it
+    │   │   ├── DatabaseAwayError        it cannot be reached now, and may be later
     │   │   ├── UnknownStudyError
     │   │   └── StudyChangedError        the file says another study than SQL
     │   └── LaunchError                  starting workers on an engine
@@ -47,6 +48,10 @@ class SiteError(UsageError):
 
 class StorageError(UsageError):
     """The database cannot be reached or used."""
+
+
+class DatabaseAwayError(StorageError):
+    """The database cannot be reached now; it may be later."""
 
 
 class UnknownStudyError(StorageError):

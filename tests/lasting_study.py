@@ -59,11 +59,11 @@ def droptune(*arguments: str, folder: Path, **environment: str) -> str:
 class LastingStudy:
     """The study `lasting`: `trials` of `epochs` intervals, two at a time, then 9 confirmations.
 
-    An interval of two trainings takes at least 5 pauses (seconds).
+    An interval of two trainings takes at least 5 pauses (seconds, or an expression for them).
     """
 
     def __init__(
-        self, folder: Path, url: str, *, pause: float, trials: int, epochs: int = 6
+        self, folder: Path, url: str, *, pause: float | str, trials: int, epochs: int = 6
     ) -> None:
         (folder / "program.py").write_text(PROGRAM.format(pause=pause, epochs=epochs))
         (folder / "lasting.yaml").write_text(STUDY.format(trials=trials))

@@ -61,8 +61,9 @@ def doctor(
     if worker:
         root = (project or settings.root).resolve()
         failed |= not _say("devices", _devices)
-        failed |= not _say("project", lambda: _project(root))
-        for name in _served(opened):
+        names = _served(opened)
+        failed |= not _say("project", lambda: _project(opened, names, root))
+        for name in names:
             failed |= not _say(f"study {name!r}", partial(_code, opened[0], name, root))
             failed |= not _say(
                 f"checkpoints {name!r}", partial(_checkpoints, opened[0], name, root)
@@ -222,7 +223,10 @@ def _devices() -> str:
     return f"{', '.join(found) or 'no GPU'}, {cores()} cores"
 
 
-def _project(root: Path) -> str:
+def _project(opened: list[Storage], names: list[str], root: Path) -> str:
+    """Whether it can be written; an image cannot, and need not where SQL has all checkpoints."""
+    if names and all(_checkpoint_folder(opened[0], name, root) is None for name in names):
+        return f"{root}, where no study writes"
     with _writable(root):
         free = shutil.disk_usage(root).free
     if free < LEAST_SPACE:
@@ -264,10 +268,8 @@ def _code(storage: Storage, name: str, root: Path) -> str:
 def _checkpoints(storage: Storage, name: str, root: Path) -> str:
     """Whether checkpoints can be written, and who sees them."""
     from droptune.storage.address import NETWORK_FILE_SYSTEMS, file_system
-    from droptune.study import Study
-    from droptune.trainers.checkpoint import checkpoint_directory
 
-    wanted = checkpoint_directory(Study.open(storage, name), root)
+    wanted = _checkpoint_folder(storage, name, root)
     if wanted is None:
         return "in the database"
     there = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
@@ -281,3 +283,10 @@ def _checkpoints(storage: Storage, name: str, root: Path) -> str:
         ) from None
     seen = "shared" if kind in NETWORK_FILE_SYSTEMS else "seen by this machine only, if no volume"
     return f"{wanted} can be written, on {kind} ({seen})"
+
+
+def _checkpoint_folder(storage: Storage, name: str, root: Path) -> Path | None:
+    from droptune.study import Study
+    from droptune.trainers.checkpoint import checkpoint_directory
+
+    return checkpoint_directory(Study.open(storage, name), root)

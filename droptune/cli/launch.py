@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from droptune.cli.options import StorageOption, config, open_storage
+from droptune.cli.options import StorageOption, command, config, open_storage
+from droptune.errors import LaunchError
 
 if TYPE_CHECKING:
     from droptune.launch import Launcher, Order, Record
     from droptune.spec.config import Config
+    from droptune.storage import StudyRow
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -125,7 +127,7 @@ for _name, _help in HELP.items():
 
 
 def _submit(launcher: Launcher, order: Order, storage: str | None) -> None:
-    jobs = launcher.submit(order, _recorder(order, storage))
+    jobs = launcher.submit(order, _recorder(launcher, order, storage))
     if launcher.name == "local":
         return
     names = jobs[0].name if len(jobs) == 1 else f"{jobs[0].name} to {jobs[-1].name}"
@@ -133,8 +135,8 @@ def _submit(launcher: Launcher, order: Order, storage: str | None) -> None:
     print("`droptune worker list` shows them; `droptune study stop` ends them on any engine")
 
 
-def _recorder(order: Order, storage: str | None) -> Record:
-    """Writes job ids to SQL; refuses an unknown study before anything is started."""
+def _recorder(launcher: Launcher, order: Order, storage: str | None) -> Record:
+    """Writes job ids to SQL; refuses a study that cannot be trained before anything is started."""
     from droptune.launch.job import JOB
     from droptune.launch.recorded import Recorder
 
@@ -142,8 +144,19 @@ def _recorder(order: Order, storage: str | None) -> Record:
         return lambda jobs: None
     database = open_storage(storage)
     if order.study is not None:
-        database.study(order.study)
+        study = database.study(order.study)
+        if not launcher.one_machine:
+            _refuse_ended(study)
     return Recorder(database, order.tag)
+
+
+def _refuse_ended(study: StudyRow) -> None:
+    """An engine would find devices for workers that end at once."""
+    if study.status == "stopped":
+        resume = command("study", "resume", study.name)
+        raise LaunchError(f"study {study.name!r} is stopped, so its workers would end: {resume}")
+    if study.phase == "done":
+        raise LaunchError(f"study {study.name!r} is done: nothing of it is left to train")
 
 
 def _storage_file(flag: str | None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from droptune.cli.options import (
     open_storage,
     print_json,
 )
-from droptune.errors import ConfigurationError, StorageError
+from droptune.errors import ConfigurationError, DatabaseAwayError
 from droptune.verdict.wording import counted
 
 if TYPE_CHECKING:
@@ -72,9 +73,9 @@ def start(
     at once.
 
     Seconds, in the environment: DROPTUNE_PATIENCE (600) is how long it trains on and waits while
-    the database is away, DROPTUNE_IDLE_SECONDS (600) how long it stays where nothing can be
-    claimed, DROPTUNE_LEASE_SECONDS (60) when others take over what it trained after its death,
-    DROPTUNE_CHECKPOINT_SECONDS (30) how often it saves.
+    the database is away, DROPTUNE_IDLE_SECONDS (600; with --until-done: for ever) how long it
+    stays where nothing can be claimed, DROPTUNE_LEASE_SECONDS (60) when others take over what it
+    trained after its death, DROPTUNE_CHECKPOINT_SECONDS (30) how often it saves.
     """
     from droptune.launch.devices import present_gpus, restrict_devices
 
@@ -82,7 +83,7 @@ def start(
     from droptune.workers.worker import Worker, WorkerOptions
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    settings, seconds = config(storage), read_seconds(os.environ)
+    settings, seconds = config(storage), read_seconds(os.environ, until_done=until_done)
     options = WorkerOptions(
         device=device,
         width=None if width == "auto" else _width(width),
@@ -95,12 +96,15 @@ def start(
         idle_seconds=seconds[IDLE],
         checkpoint_seconds=seconds[CHECKPOINT],
     )
-    opened = _open(settings.storage, patience=seconds[PATIENCE], lease=seconds[LEASE])
+    opened = open_patiently(settings.storage, patience=seconds[PATIENCE], lease=seconds[LEASE])
     Worker(opened, options).run(names or [])
 
 
-def read_seconds(environment: Mapping[str, str]) -> dict[str, float]:
-    """The worker's times, or ConfigurationError where one is no number of seconds."""
+def read_seconds(environment: Mapping[str, str], *, until_done: bool = False) -> dict[str, float]:
+    """The worker's times, or ConfigurationError where one is no number of seconds.
+
+    One that stays until its studies are done ends idle only where that is asked for.
+    """
     found = {}
     for name, default in SECONDS.items():
         text = environment.get(name) or str(default)
@@ -112,17 +116,19 @@ def read_seconds(environment: Mapping[str, str]) -> dict[str, float]:
             raise ConfigurationError(
                 f"{name}={text} is no number of seconds; give e.g. {default:g}"
             )
+    if until_done and not environment.get(IDLE):
+        found[IDLE] = math.inf
     return found
 
 
-def _open(url: str, *, patience: float, lease: float) -> Storage:
+def open_patiently(url: str, *, patience: float, lease: float) -> Storage:
     """The database; a worker may be started before it."""
     from droptune.storage import Storage
 
     try:
         opened = Storage.open(url, lease_seconds=lease)
         opened.patience = patience
-    except StorageError as error:
+    except DatabaseAwayError as error:
         log.warning("%s Waiting up to %.0f s.", error, patience)
         opened = Storage.open(url, patience=patience, lease_seconds=lease)
     return opened

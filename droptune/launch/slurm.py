@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from droptune.errors import LaunchError
 from droptune.launch.job import Job, Record
 from droptune.launch.launcher import Launcher, need_program, render, run_engine
 from droptune.launch.order import STORAGE, Order, shell_line
@@ -26,6 +27,14 @@ class SlurmLauncher(Launcher):
     options: tuple[str, ...] = ()
     python: str = sys.executable
     storage_file: str = ""
+
+    def check(self, order: Order) -> None:
+        super().check(order)
+        if set("%\\") & set(str(order.project)):
+            raise LaunchError(
+                f"slurm reads % and \\ in the path of a log as its own, so every job would fail "
+                f"without a word: move the project from {order.project}"
+            )
 
     def describe(self, order: Order) -> str:
         line = shell_line(self._command(order))

@@ -3,22 +3,26 @@
 A training is QUEUED, then RUNNING under a lease of one worker, then finished. Each claim raises
 its lease epoch, and every write of a worker names the epoch that it holds: whoever was believed
 dead and returns late finds its writes refused. A study's counters (numbers, budget, order of
-ends) change only under a lock on the study's row, always taken before its trainings' rows.
+ends) change only under a lock on the study's row, and all its workers wait for each other there:
+as few statements as can be come after it. A claim locks the study, then trainings that nobody has;
+an end locks trainings that its worker has, and the study last.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 
 from droptune.storage import schema, trials
+from droptune.storage.budget import first_reached, limit_reached, tickets_left, time_used
 from droptune.storage.database import Database, now
-from droptune.storage.queue import Params, count_taken, new_row
+from droptune.storage.queue import Params
+from droptune.storage.starts import Lease, start_new
 from droptune.storage.studies import counters, lock_study
 from droptune.training import Assignment, Seeds, State, Training, TrainingKind
 
@@ -68,49 +72,25 @@ class Claims:
         New trials come with `assignment=None` and need `assign`. A second call with the same
         `ticket` returns what the first one took.
         """
-        lease = _Lease(worker_id, ticket or str(uuid.uuid4()), self.lease_seconds)
+        lease = Lease(worker_id, ticket or str(uuid.uuid4()), self.lease_seconds)
         again = ticket is not None
 
         def work(connection: sa.Connection) -> list[Training]:
             nonlocal again
-            study = lock_study(connection, study_id)
+            study = lock_study(connection, study_id, _waiting(study_id))
             if study is None or study.status != "active":
                 return []
             taken = _taken_under(connection, study, lease) if again else []
             again = True  # from here on a commit may succeed without its reply
             if taken or limit_reached(connection, study) or limit < 1:
                 return taken
-            queued = _take_queued(connection, study, lease, limit)
+            queued = _take_queued(connection, study, lease, limit) if study.waiting else []
             new = min(limit - len(queued), tickets_left(study, limit))
             if new < 1 or study.phase != "searching":
                 return queued
-            return queued + self._take_new(connection, study, lease, new)
+            return queued + start_new(self.database, connection, study, lease, new)
 
         return self.database.write(work)
-
-    def _take_new(
-        self, connection: sa.Connection, study: sa.Row[Any], lease: _Lease, count: int
-    ) -> list[Training]:
-        """Start trials with the study's next numbers, in both sets of tables."""
-        numbers = range(study.next_number, study.next_number + count)
-        trial_ids = trials.add_trials(connection, study.optuna_id, numbers, State.RUNNING, study.at)
-        rows = [
-            new_row(
-                study,
-                kind=TrainingKind.SEARCH,
-                label="",
-                number=number,
-                trial_id=trial_id,
-                seeds=Seeds.of_trial(study.seed, number),
-                at=study.at,
-            )
-            | lease.columns(study.at)
-            | {"lease_epoch": 1, "started_at": study.at}
-            for number, trial_id in zip(numbers, trial_ids, strict=True)
-        ]
-        ids = self.database.insert(connection, schema.trainings, rows)
-        count_taken(connection, study.id, numbers=count, intervals=count * study.intervals)
-        return [_started(row, training_id) for row, training_id in zip(rows, ids, strict=True)]
 
     def assign(
         self,
@@ -236,7 +216,7 @@ def _progress(connection: sa.Connection, row: sa.Row[Any] | None) -> Progress:
         queued=of_state.get(State.QUEUED, 0),
         running=of_state.get(State.RUNNING, 0),
         tickets=tickets_left(row, None),
-        spent=_reached(used),
+        spent=first_reached(used),
         share=min(max(used.values(), default=0.0), 1.0),
     )
 
@@ -251,17 +231,16 @@ def lock_held(
     t = schema.trainings.c
     epochs = {training.id: training for training in trainings}
     query = (
-        sa.select(t.id, t.study_id, t.trial_id, t.kind, t.attempt, t.lease_epoch, t.state,
+        sa.select(t.id, t.study_id, t.trial_id, t.kind, t.attempt, t.lease_epoch,
                   t.intervals, t.intervals_done, now().label("at"))
-        .where(t.id.in_(list(epochs)))
+        .where(t.id.in_(list(epochs)), t.state == State.RUNNING)
         .order_by(t.id)
         .with_for_update()
     )  # fmt: skip
     return {
         row.id: row
         for row in connection.execute(query)
-        if row.state == State.RUNNING
-        and row.lease_epoch == epochs[row.id].lease_epoch
+        if row.lease_epoch == epochs[row.id].lease_epoch
         and (not attempts or row.attempt == epochs[row.id].attempt)
     }
 
@@ -305,25 +284,15 @@ def requeue(connection: sa.Connection, rows: Held) -> None:
     trials.queue_trials(connection, [r.trial_id for r in rows.values() if r.trial_id is not None])
 
 
-@dataclass(frozen=True)
-class _Lease:
-    """Who claims: all that it takes is found again under its ticket."""
-
-    worker_id: int
-    ticket: str
-    seconds: float
-
-    def columns(self, at: float) -> dict[str, Any]:
-        return {
-            "state": State.RUNNING.value,
-            "worker_id": self.worker_id,
-            "ticket": self.ticket,
-            "lease_until": at + self.seconds,
-        }
+def _waiting(study_id: int) -> sa.Label[bool]:
+    """Whether a study has queued trainings (as it was when the statement began)."""
+    t = schema.trainings.c
+    queued = sa.exists().where(t.study_id == study_id, t.state == State.QUEUED)
+    return queued.label("waiting")
 
 
 def _take_queued(
-    connection: sa.Connection, study: sa.Row[Any], lease: _Lease, limit: int
+    connection: sa.Connection, study: sa.Row[Any], lease: Lease, limit: int
 ) -> list[Training]:
     t, at = schema.trainings.c, study.at
     first = (
@@ -349,7 +318,7 @@ def _take_queued(
     return _taken_under(connection, study, lease)
 
 
-def _taken_under(connection: sa.Connection, study: sa.Row[Any], lease: _Lease) -> list[Training]:
+def _taken_under(connection: sa.Connection, study: sa.Row[Any], lease: Lease) -> list[Training]:
     t = schema.trainings.c
     query = sa.select(schema.trainings).where(
         t.study_id == study.id,
@@ -359,57 +328,3 @@ def _taken_under(connection: sa.Connection, study: sa.Row[Any], lease: _Lease) -
     )
     rows = connection.execute(query.order_by(t.priority, t.id))
     return [training_of(row) for row in rows]
-
-
-def _started(row: Mapping[str, Any], training_id: int) -> Training:
-    """The value of a row that was just inserted."""
-    return Training(
-        id=training_id,
-        study_id=row["study_id"],
-        kind=TrainingKind(row["kind"]),
-        number=row["number"],
-        label=row["label"],
-        assignment=None,
-        seeds=Seeds(row["weights_seed"], row["data_seed"], row["split_seed"]),
-        seed_index=None,
-        intervals=row["intervals"],
-        attempt=row["attempt"],
-        lease_epoch=row["lease_epoch"],
-    )
-
-
-# -- the budget, under the study's lock ---------------------------------------------------------
-
-
-def tickets_left(study: sa.Row[Any], enough: int | None) -> Any:
-    """How many new trials the budget still allows (`enough` where there is no limit)."""
-    limits = []
-    if study.budget_trials is not None:
-        limits.append(study.budget_trials - study.next_number)
-    if study.budget_intervals is not None:
-        limits.append((study.budget_intervals - study.intervals_taken) // study.intervals)
-    return max(min(limits), 0) if limits else enough
-
-
-def limit_reached(connection: sa.Connection, study: sa.Row[Any]) -> str | None:
-    """Which limit of time is reached (at the row's `at`), after which nothing starts."""
-    return _reached(time_used(connection, study))
-
-
-def _reached(used: Mapping[str, float]) -> str | None:
-    return next((limit for limit, share in used.items() if share >= 1), None)
-
-
-def time_used(connection: sa.Connection, study: sa.Row[Any]) -> dict[str, float]:
-    """The share of each limit of time that is used (at the row's `at`)."""
-    used = {}
-    if study.budget_deadline is not None:
-        whole = study.budget_deadline - study.created_at
-        passed = max(study.at - study.created_at, 0.0)
-        used["deadline"] = passed / whole if whole > 0 else 1.0
-    if study.budget_device_seconds is not None:
-        u = schema.usage.c
-        query = sa.select(sa.func.sum(u.device_seconds)).where(u.study_id == study.id)
-        spent = float(connection.execute(query).scalar() or 0.0)
-        used["device hours"] = spent / max(study.budget_device_seconds, 1e-6)
-    return used

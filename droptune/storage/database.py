@@ -23,7 +23,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from droptune.errors import StorageError, WorkRemainsError
+from droptune.errors import DatabaseAwayError, StorageError, WorkRemainsError
 from droptune.storage.address import Address
 from droptune.storage.pool import BurstPool
 
@@ -80,7 +80,7 @@ class Database:
     A function may run several times (lock conflicts, a lost connection, a commit whose reply was
     lost), so it must come to the same end when its first run was committed. `away` is set while
     the database cannot be reached; after `patience` seconds of that a call gives up: with
-    WorkRemainsError where patience was asked for, with StorageError at once where it was not.
+    WorkRemainsError where patience was asked for, with DatabaseAwayError at once where it was not.
     A server ends a transaction whose client says nothing for `standing_seconds`; SQLite cannot.
     """
 
@@ -153,7 +153,7 @@ class Database:
         """Sleep before the next attempt, or give up."""
         self.away.set()
         if self.patience <= 0:
-            raise StorageError(self.explain(error)) from error
+            raise DatabaseAwayError(self.explain(error)) from error
         if waited >= self.patience:
             raise WorkRemainsError(
                 f"{self.explain(error)} Waited {waited:.0f} s. Nothing is lost: start the worker "

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from droptune.storage import schema, trials
 from droptune.storage.claims import Held, lock_held, training_of
 from droptune.storage.database import Database, now
-from droptune.storage.studies import as_time, finite, lock_study
+from droptune.storage.studies import as_time, finite
 from droptune.training import Measurement, Record, State, Training, TrainingKind
 
 Items = Sequence[tuple[Training, Measurement]]
@@ -119,13 +119,9 @@ class Measurements:
         assert all(ending.training.study_id == study_id for ending in endings)
 
         def work(connection: sa.Connection) -> set[int]:
-            study = lock_study(connection, study_id)
-            ids = {ending.training.id for ending in endings}
-            if study is None:
-                return ids
             held = lock_held(connection, [ending.training for ending in endings])
             ended = [e for e in endings if e.training.id in held]
-            _end(connection, study, ended, held)
+            _end(connection, study_id, ended, held)
             lost = [e for e in endings if e.training.id not in held]
             return {e.training.id for e in lost} - _ended_before(connection, lost)
 
@@ -183,24 +179,25 @@ def _check(ending: Ending) -> None:
         raise ValueError(f"a COMPLETE training needs values that are numbers: {ending.values}")
 
 
-def _end(
-    connection: sa.Connection, study: sa.Row[Any], endings: Sequence[Ending], held: Held
-) -> None:
+def _end(connection: sa.Connection, study_id: int, endings: Sequence[Ending], held: Held) -> None:
     """Write ends, Optuna's too, and give back what the budget had reserved for them."""
     if not endings:
         return
     t, s = schema.trainings.c, schema.studies.c
-    rows = [_end_row(e, order, study.at) for order, e in enumerate(endings, study.finished + 1)]
-    connection.execute(schema.trainings.update().where(t.id == sa.bindparam("of")), rows)
     of_trials = {e: held[e.training.id] for e in endings if held[e.training.id].trial_id}
-    shown = _optuna_values(connection, of_trials, study.directions)
-    trials.end_trials(connection, shown, study.at)
+    at = held[endings[0].training.id].at
+    trials.end_trials(connection, _optuna_values(connection, of_trials), at)
     refund = sum(row.intervals - row.intervals_done for row in of_trials.values())
-    changed = {"finished": s.finished + len(endings), "intervals_taken": s.intervals_taken - refund}
-    connection.execute(schema.studies.update().where(s.id == study.id).values(changed))
+    counted = {"finished": s.finished + len(endings), "intervals_taken": s.intervals_taken - refund}
+    # From here on the others of this study wait, so nothing is read back.
+    connection.execute(schema.studies.update().where(s.id == study_id).values(counted))
+    finished = sa.select(s.finished).where(s.id == study_id).scalar_subquery()
+    ending = schema.trainings.update().where(t.id == sa.bindparam("of"))
+    rows = [_end_row(e, at) | {"before": k} for k, e in enumerate(reversed(endings))]
+    connection.execute(ending.values(finish_order=finished - sa.bindparam("before")), rows)
 
 
-def _end_row(ending: Ending, order: int, at: float) -> dict[str, Any]:
+def _end_row(ending: Ending, at: float) -> dict[str, Any]:
     values = None if ending.values is None else [float(v) for v in ending.values]
     return {
         "of": ending.training.id,
@@ -209,19 +206,17 @@ def _end_row(ending: Ending, order: int, at: float) -> dict[str, Any]:
         "objective": None if not values else finite(values[0]),
         "objectives": None if values is None else json.dumps(values),
         "best_interval": ending.best_interval,
-        "finish_order": order,
         "ended_at": at,
         "lease_until": None,
     }
 
 
 def _optuna_values(
-    connection: sa.Connection, endings: Mapping[Ending, Any], directions: str
+    connection: sa.Connection, endings: Mapping[Ending, Any]
 ) -> dict[int, tuple[State, Sequence[float]]]:
     """What Optuna shows: the values, or a pruned trial's last one (as `Study.tell` does)."""
     pruned = [row.trial_id for e, row in endings.items() if e.state is State.PRUNED]
-    one_objective = len(json.loads(directions)) == 1
-    last = trials.last_intermediates(connection, pruned) if one_objective else {}
+    last = trials.last_intermediates(connection, pruned)  # none with several objectives
     shown: dict[int, tuple[State, Sequence[float]]] = {}
     for ending, row in endings.items():
         values = [float(v) for v in ending.values or ()] if ending.state is State.COMPLETE else []

@@ -170,9 +170,10 @@ class Studies:
                 return gone  # committed before, but the reply was lost
             if row is None:
                 raise UnknownStudyError(self._unknown(connection, name))
+            t = schema.trainings.c
+            of_study = sa.select(t.id).where(t.study_id == row.id)
+            connection.execute(of_study.order_by(t.id).with_for_update())  # in the order of ends
             lock_study(connection, row.id)
-            mine = schema.trainings.c.study_id == row.id
-            of_study = sa.select(schema.trainings.c.id).where(mine)
             gone = list(connection.execute(of_study).scalars())
             for table in (schema.measurements, schema.scores):
                 connection.execute(table.delete().where(table.c.training_id.in_(of_study)))
@@ -241,12 +242,14 @@ def insert_study(
     return row
 
 
-def lock_study(connection: sa.Connection, study_id: int) -> sa.Row[Any] | None:
+def lock_study(
+    connection: sa.Connection, study_id: int, *beside: sa.ColumnElement[Any]
+) -> sa.Row[Any] | None:
     """The study's row, locked until the transaction ends: its counters may then change.
 
-    The row's `at` is the database's time.
+    The row's `at` is the database's time; `beside` are more columns, of other tables.
     """
-    query = counters().where(schema.studies.c.id == study_id)
+    query = counters().add_columns(*beside).where(schema.studies.c.id == study_id)
     return connection.execute(query.with_for_update()).one_or_none()
 
 

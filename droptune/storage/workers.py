@@ -16,7 +16,8 @@ import sqlalchemy as sa
 
 from droptune.errors import StorageError
 from droptune.storage import schema
-from droptune.storage.claims import limit_reached, requeue, training_of
+from droptune.storage.budget import limit_reached
+from droptune.storage.claims import requeue, training_of
 from droptune.storage.database import Database, clock, now
 from droptune.storage.studies import as_time, counters
 from droptune.training import State, Training

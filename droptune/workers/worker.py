@@ -7,6 +7,7 @@ and says by its exit status whether work remains (`errors`).
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import socket
@@ -58,9 +59,9 @@ LAST_SECONDS = 5.0  # how long a worker that ends waits for an absent database
 class WorkerOptions:
     """How a worker works; `root` is the project that programs are loaded from.
 
-    `width` None measures it; `until_done` ends the worker when its studies are done, however
-    long it has to wait for others. Without it, a worker of named studies ends when nothing was
-    claimable for `idle_seconds`, and one that serves all studies never ends.
+    `width` None measures it; `until_done` ends the worker when its studies are done. It also ends
+    when nothing was claimable for `idle_seconds`: what others train may bring more to train when
+    it ends. Without names and `until_done` it serves all studies and never ends.
     """
 
     root: Path
@@ -71,7 +72,7 @@ class WorkerOptions:
     threads: int | None = None
     allow_drift: bool = False
     tracking: str | None = None
-    idle_seconds: float = 600.0
+    idle_seconds: float = math.inf
     checkpoint_seconds: float = CHECKPOINT_SECONDS
 
 
@@ -155,8 +156,7 @@ class Worker:
         """Whether to end: nothing to serve, or nothing claimable for a while."""
         service = not self._names and not self.options.until_done
         if studies:
-            may_end = bool(self._names) and not self.options.until_done
-            return may_end and idle > self.options.idle_seconds
+            return not service and idle > self.options.idle_seconds
         if self._refused and not service:
             raise ConfigurationError("; ".join(self._refused.values()))
         return not service

@@ -7,9 +7,10 @@ import os
 import random
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_storage import ASSIGNMENT, PARAMS, baselines, create
+from test_storage import ASSIGNMENT, PARAMS, baselines, claimed, create
 
 from droptune.storage import Budget, Storage
 from droptune.training import Measurement, NewTraining, State, TrainingKind
@@ -162,3 +163,23 @@ def test_killed_workers_lose_nothing(storage, url, kills):
         process.join(timeout=120)
         assert process.exitcode == 0
     check_complete(storage, study, count)
+
+
+def finish_each(url, trainings):
+    storage = Storage.open(url, patience=60.0)
+    for training in trainings:
+        storage.finish(training, State.COMPLETE, values=[0.5])
+
+
+def test_a_study_is_deleted_while_its_trainings_end(storage, url):
+    study = create(storage, intervals=1)
+    trainings = claimed(storage, study, 40)
+    with ThreadPoolExecutor(4) as pool:
+        ends = [pool.submit(finish_each, url, trainings[i::4]) for i in range(4)]
+        while storage.records(study.id, states=[State.COMPLETE]) == []:
+            time.sleep(0.01)
+        assert set(storage.delete_study(study.name)) == {t.id for t in trainings}
+        for end in ends:
+            end.result()
+    assert storage.studies() == []
+    assert storage.records(study.id) == []

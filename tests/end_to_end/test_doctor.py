@@ -95,6 +95,14 @@ def test_other_code_and_a_folder_that_cannot_be_written(tmp_path):
     assert "{store: sql}" in lines["checkpoints 'study'"]
 
 
+def test_a_folder_that_cannot_be_written_and_need_not(tmp_path):
+    """A pod's image, where the studies' checkpoints are in SQL."""
+    url = f"sqlite:///{tmp_path}/droptune.db"
+    make_study(Storage.open(url, create=True), tmp_path, checkpoints="{store: sql}")
+    _, lines = doctor(tmp_path, "--worker", "--project", "/proc", DROPTUNE_STORAGE=url)
+    assert lines["project"] == "ok    project: /proc, where no study writes"
+
+
 def test_where_checkpoints_lie_and_who_sees_them(tmp_path, monkeypatch):
     url = f"sqlite:///{tmp_path}/droptune.db"
     storage = Storage.open(url, create=True)

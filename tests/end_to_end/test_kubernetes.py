@@ -82,6 +82,27 @@ def test_an_evicted_worker_hands_back_in_time_and_costs_no_retry(study, tmp_path
     study.assert_nothing_lost()
 
 
+def test_the_grace_period_is_enough_in_the_middle_of_a_longer_interval(tmp_path):
+    url = f"sqlite:///{tmp_path}/trials.db"
+    (tmp_path / "url").write_text(url)
+    pause = tmp_path / "pause"
+    pause.write_text("0.05")
+    study = LastingStudy(tmp_path, url, pause="float(open('pause').read())", trials=2)
+    order = Order("lasting", tmp_path, "by secret", device="cpu")
+    launcher = KubernetesLauncher(image="droptune-worker:0.1.0", project=str(tmp_path))
+    job = yaml.safe_load(launcher.manifest(order))
+    pod = start(job, tmp_path)
+    until(lambda: study.intervals() >= 2, pod)
+    pause.write_text("9")  # for each of five batches
+    time.sleep(2)
+    evict(pod)
+    assert pod.returncode == 75, pod.communicate()[1]
+    pause.write_text("0")
+    pod = start(job, tmp_path)
+    assert pod.wait(200) == 0, pod.communicate()[1]
+    study.assert_nothing_lost()
+
+
 def test_a_worker_that_can_never_work_fails_its_index(study, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(

@@ -238,20 +238,21 @@ def test_a_stopped_study_ends_its_workers_and_can_be_resumed(storage, url, folde
 def test_all_workers_stay_until_the_study_is_done(storage, url, folder):
     """Four workers for three trainings at a time: those without wait for what comes after."""
     study = make_study(storage, folder, budget="{trials: 3}", training="{precision: float64}")
-    with Crew(url, folder, DROPTUNE_IDLE_SECONDS="0") as crew:
+    with Crew(url, folder) as crew:
         workers = [crew.start("study", "--until-done", "--width", "1") for _ in range(4)]
         wait_until(lambda: any(worker.exitcode is not None for worker in workers))
         assert study.phase() == "done"
         assert [end(worker) for worker in workers] == [0] * 4
 
 
+@pytest.mark.parametrize("options", [(), ("--until-done",)])
 @pytest.mark.databases("sqlite")
-def test_without_until_done_an_idle_worker_ends(storage, url, folder):
+def test_an_idle_worker_ends_after_the_time_it_was_given(storage, url, folder, options):
     make_study(storage, folder, budget="{trials: 3}")
     with Crew(url, folder) as crew:
         busy = crew.start("study", "--width", "4", STUCK="12")
         wait_until((folder / "stuck").exists)
-        assert end(crew.start("study", DROPTUNE_IDLE_SECONDS="0.5")) == 0
+        assert end(crew.start("study", *options, DROPTUNE_IDLE_SECONDS="0.5")) == 0
         assert busy.exitcode is None
 
 

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
 MANIFESTS = sorted((DOCKER / "kubernetes").glob("*.yaml"))
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+VERSION = PROJECT["project"]["version"]
 WORKER, SERVER = ((DOCKER / f"{name}.Dockerfile").read_text() for name in ("worker", "server"))
 COMPOSE_TEXT = (DOCKER / "compose.yaml").read_text()
 
@@ -88,6 +89,9 @@ def test_the_build_context_is_what_the_image_copies():
     copied = {word.removeprefix("./") for line in lines for word in line.split()[:-1]}
     assert copied == allowed
     assert all((ROOT / name).exists() for name in allowed)
+    setuptools = PROJECT["tool"]["setuptools"]
+    folders = {name.split(".")[0] for name in setuptools["packages"]}
+    assert folders | set(setuptools["package-dir"].values()) <= copied  # or pip cannot build
     server = (DOCKER / "server.Dockerfile.dockerignore").read_text().splitlines()
     assert [line[1:] for line in server if line.startswith("!")] == ["mlflow-server.sh"]
 

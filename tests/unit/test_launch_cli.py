@@ -104,6 +104,23 @@ def test_sqlite_is_refused_on_a_cluster(study):
         run("slurm", "digits", "--workers", "2")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"status": "stopped"}, "is stopped, .*: droptune study resume digits$"),
+        ({"phase": "done"}, "is done: nothing of it is left to train$"),
+    ],
+)
+def test_no_devices_are_asked_for_where_workers_would_end_at_once(
+    project, sbatch, postgres_study, change, message
+):
+    postgres_study.update_study(postgres_study.study("digits").id, **change)
+    with pytest.raises(LaunchError, match=message):
+        run("slurm", "digits", "--workers", "50")
+    assert not sbatch.exists()
+    assert recorded_jobs(postgres_study) == []
+
+
 def test_slurm_from_end_to_end_of_the_command(project, sbatch, postgres_study):
     result = run("slurm", "digits", "--workers", "2", "--", "--partition=gpu", "--time=1:00:00")
     assert result.output.splitlines()[0] == "submitted 2 workers: slurm 4711_0 to slurm 4711_1"

@@ -246,6 +246,13 @@ def test_a_file_that_holds_the_url_already_is_used(tmp_path, clients):
     assert "export DROPTUNE_STORAGE_FILE=/etc/droptune/url\n" in elsewhere
 
 
+@pytest.mark.parametrize("name", ["50% off", "back\\slash"])
+def test_a_path_that_slurm_takes_for_a_pattern_is_refused(tmp_path, name):
+    """Seen on Slurm 22.05: the job fails before its first line, and nothing is logged."""
+    with pytest.raises(LaunchError, match="move the project from"):
+        SlurmLauncher().check(order(tmp_path, project=tmp_path / name))
+
+
 def test_a_refusal_is_told_in_its_own_words(tmp_path, clients, monkeypatch):
     monkeypatch.setenv("REFUSE", "1")
     with pytest.raises(DroptuneError, match="exit code 1: sbatch: error: Batch job"):

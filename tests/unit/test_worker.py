@@ -12,7 +12,7 @@ import pytest
 import torch
 from crew import check_same, make_study, results, train_here
 
-from droptune.cli.worker import read_seconds
+from droptune.cli.worker import open_patiently, read_seconds
 from droptune.errors import ConfigurationError, StorageError, WorkRemainsError
 from droptune.program.program import load_program
 from droptune.storage import Budget, Holding, Storage, StudySummary, WorkerRow
@@ -100,9 +100,18 @@ def test_seconds_come_from_the_environment():
     assert found["DROPTUNE_PATIENCE"] == 0
     assert found["DROPTUNE_LEASE_SECONDS"] == 2.5
     assert found["DROPTUNE_IDLE_SECONDS"] == 600
+    assert read_seconds({}, until_done=True)["DROPTUNE_IDLE_SECONDS"] == math.inf
+    given = {"DROPTUNE_IDLE_SECONDS": "60"}
+    assert read_seconds(given, until_done=True)["DROPTUNE_IDLE_SECONDS"] == 60
     for wrong in ("soon", "-1", "inf", "nan"):
         with pytest.raises(ConfigurationError, match=f"DROPTUNE_PATIENCE={wrong}"):
             read_seconds({"DROPTUNE_PATIENCE": wrong})
+
+
+def test_a_database_without_studies_is_not_waited_for(tmp_path, caplog):
+    with pytest.raises(StorageError, match="or create a study"):
+        open_patiently(f"sqlite:///{tmp_path}/none.db", patience=600, lease=60)
+    assert "Waiting" not in caplog.text
 
 
 def test_the_job_of_an_engine():
