@@ -23,6 +23,7 @@ from droptune.cli.options import (
     print_json,
 )
 from droptune.errors import ConfigurationError, DatabaseAwayError
+from droptune.launch.order import IDLE
 from droptune.verdict.wording import counted
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ SUBMITTED = "submitted"  # a job that its engine has not started, or will never 
 PATIENCE = "DROPTUNE_PATIENCE"
 LEASE = "DROPTUNE_LEASE_SECONDS"
 CHECKPOINT = "DROPTUNE_CHECKPOINT_SECONDS"
-IDLE = "DROPTUNE_IDLE_SECONDS"
 SECONDS = {PATIENCE: 600.0, LEASE: 60.0, CHECKPOINT: 30.0, IDLE: 600.0}
 
 

@@ -92,7 +92,9 @@ class LocalLauncher(Launcher):
         return [Place("cuda", {VISIBLE: gpu, **threads}) for gpu in gpus[:count]]
 
     def _command(self, order: Order, place: Place) -> tuple[str, ...]:
-        command = order.worker_command(self.python, str(order.project), place.device, order.options)
+        stay = () if order.study is None else ("--until-done",)  # nobody waits for this device
+        options = (*order.options, *stay)
+        command = order.worker_command(self.python, str(order.project), place.device, options)
         return with_setup(self.setup, command)
 
     def _supervised(self, order: Order, index: int, place: Place) -> Supervised:

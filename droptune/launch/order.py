@@ -16,6 +16,7 @@ from droptune.errors import LaunchError
 STORAGE = "DROPTUNE_STORAGE"
 STORAGE_FILE = "DROPTUNE_STORAGE_FILE"
 TRACKING = "MLFLOW_TRACKING_URI"
+IDLE = "DROPTUNE_IDLE_SECONDS"
 
 FOLDER = "droptune-launch"
 
@@ -79,16 +80,18 @@ class Order:
     def worker_command(
         self, python: str, project: str, device: str, options: Sequence[str] = ()
     ) -> tuple[str, ...]:
-        """The command of one worker; holds no secret."""
+        """The command of one worker, which ends where nothing is claimable for a while: others
+        may want its device. Holds no secret.
+        """
         command = [python, "-m", "droptune", "worker", "start"]
         command += ["--project", project, "--device", device]
         if self.width != "auto":
             command += ["--width", self.width]
-        return (*command, *options, *self.named("--until-done"))
+        return (*command, *options, *self.named())
 
-    def named(self, *options: str) -> tuple[str, ...]:
-        """The last words of a command for one study, `options` before its name; () for all."""
-        return () if self.study is None else (*options, "--", self.study)
+    def named(self) -> tuple[str, ...]:
+        """The last words of a command for one study; () for all."""
+        return () if self.study is None else ("--", self.study)
 
     def open_tracking(self) -> str | None:
         """The MLflow server's address where it may be seen by others.

@@ -9,6 +9,7 @@ from typing import ClassVar
 from droptune.launch.job import JOB, Job, Record
 from droptune.launch.launcher import Launcher, need_program, run_engine
 from droptune.launch.order import (
+    IDLE,
     STORAGE,
     STORAGE_FILE,
     TRACKING,
@@ -74,6 +75,7 @@ class RayLauncher(Launcher):
             JOB: f"{self.name} {self._id(order, worker)}",
             STORAGE_FILE: self.storage_file or str(order.planned_storage_file),
             "OMP_NUM_THREADS": str(self.cpus),
+            IDLE: os.environ.get(IDLE, "600"),  # or it would stay until the study is done
         }
         if tracking := order.open_tracking():
             settings[TRACKING] = tracking

@@ -142,7 +142,7 @@ def test_gpus_are_asked_for_unless_on_the_cpu():
     assert container(with_gpu)["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert "nvidia" not in json.dumps(without)
     assert "cuda" in container(with_gpu)["args"]
-    assert container(without)["args"][-5:] == ["--device", "cpu", "--until-done", "--", "digits"]
+    assert container(without)["args"][-4:] == ["--device", "cpu", "--", "digits"]
 
 
 def test_hostile_names_are_words_only():

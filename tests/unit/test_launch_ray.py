@@ -99,6 +99,7 @@ def test_the_line_runs_in_a_shell_whatever_the_names_are(tmp_path, ray):
     assert start["storage"] == URL
     assert start["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
     assert start["CUDA_VISIBLE_DEVICES"] == "3"
+    assert start["DROPTUNE_IDLE_SECONDS"] == "600"
     assert list(Path(tmp_path).rglob("gone")) == []
 
 

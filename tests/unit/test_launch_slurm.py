@@ -145,7 +145,7 @@ def test_hostile_names_and_paths_are_words_only(tmp_path, clients):
     (start,) = starts(tmp_path / "fake")
     assert code == 0
     assert asked == []
-    assert start["argv"][-5:] == ["--width", "8", "--until-done", "--", HOSTILE]
+    assert start["argv"][-4:] == ["--width", "8", "--", HOSTILE]
     assert list(tmp_path.rglob("gone")) == []
 
 
