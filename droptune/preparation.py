@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from droptune.errors import ConfigurationError, SiteError, SpecError
-from droptune.program.program import Program, load_program
+from droptune.program.program import Program, default_values, load_program
 from droptune.program.source import fingerprint
+from droptune.search.pruning import make_pruner
+from droptune.search.sampling import Proposer
 from droptune.sites.installed import find_program_sites
 from droptune.sites.site import Discovery, Site
 from droptune.space.space import Space
@@ -86,6 +88,8 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
     recipe = Recipe.of(program, discovery.sites, spec, torch.device("cpu"))
     trainer, reason = _trainer(recipe, spec)
     intervals = spec.intervals(program, splits.train.n)
+    Proposer.of(spec, space)  # that its sampler and pruner can be made
+    make_pruner(spec, intervals)
     samples = {
         "train": splits.train.n,
         "validation": splits.validation.n,

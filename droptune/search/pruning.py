@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import Field
 from scipy.stats import t as student
 
 from droptune.errors import SpecError, nearest
@@ -46,6 +47,7 @@ from droptune.search.prediction import (
     spread_over_ranks,
     traces,
 )
+from droptune.spec.document import Strict, checked
 from droptune.training import Assignment, Record, derive_seed
 
 if TYPE_CHECKING:
@@ -68,8 +70,11 @@ __all__ = [
 LEAST_INTERVALS = 8
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
 @dataclass(frozen=True)
-class Rules:
+class Rules(Strict):
     """When a training may be pruned.
 
     checkpoints: shares of the budget at which decisions are taken
@@ -80,22 +85,20 @@ class Rules:
     seen: completed trials that the prediction learns from, at most
     """
 
-    checkpoints: tuple[float, ...] = (0.1, 0.2, 0.33, 0.5)
-    pilots: int = PILOTS
-    level: float = 0.99
-    reliable: float = 0.9
-    audit: float = 0.05
-    seen: int = SEEN
+    checkpoints: tuple[Share, ...] = (0.1, 0.2, 0.33, 0.5)
+    pilots: Annotated[int, Field(ge=3)] = PILOTS
+    level: Share = 0.99
+    reliable: Annotated[float, Field(gt=0)] = 0.9
+    audit: Annotated[float, Field(ge=0, le=1)] = 0.05
+    seen: Annotated[int, Field(ge=PILOTS)] = SEEN
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Rules:
-        """From a study file's options; SpecError for an unknown one."""
-        known = [field.name for field in fields(cls)]
-        for option in options:
-            if option not in known:
-                raise SpecError(f"pruner fair has no option {option!r}{nearest(option, known)}")
-        shares = tuple(float(share) for share in options.get("checkpoints", cls.checkpoints))
-        return cls(**{**options, "checkpoints": shares})
+        """From a study file's options; SpecError for one that is unknown or cannot be."""
+        try:
+            return checked(cls, options)
+        except SpecError as error:
+            raise SpecError(f"pruner fair: {error}") from None
 
     def at(self, intervals: int) -> tuple[int, ...]:
         """The intervals at which decisions are taken; none where there are too few."""

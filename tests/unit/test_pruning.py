@@ -414,6 +414,9 @@ def test_a_late_warm_up_is_not_warned_about():
     [
         (spec("median", warmup=3), "no option 'warmup'"),
         (spec("fair", pilot=3), "did you mean 'pilots'"),
+        (spec("fair", checkpoints=0.5), "pruner fair: checkpoints"),
+        (spec("fair", level=99), "pruner fair: level"),
+        (spec("fair", pilots="some"), "pruner fair: pilots"),
         (spec("percentile", percentile=200.0), "pruner percentile"),
         (spec("sha", objectives=(NLL, Objective("accuracy"))), "one objective"),
     ],
