@@ -106,6 +106,7 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
         "untunable": [untunable.to_json() for untunable in discovery.untunable],
         "warnings": list(discovery.warnings),
         "author_lr": program.lr,
+        "chance": _chance(program),
         "space": space.to_json(),
     }
     return Prepared(spec, root, program, discovery, space, intervals, meta)
@@ -120,6 +121,14 @@ def _trainer(recipe: Recipe, spec: StudySpec) -> tuple[str, str]:
             f"training.trainer is fused, and {spec.program} is not: {tried.reason}"
         )
     return ("fused" if tried.ok else "solo"), tried.reason
+
+
+def _chance(program: Program) -> float:
+    """The loss of an untrained model on one batch: what training must not rise far above."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        batch = program.example_batch(program.batch_size)
+        return float(program.loss(program.model().train(), batch, default_values(program.searched)))
 
 
 def _versions() -> dict[str, str]:

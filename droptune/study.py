@@ -206,7 +206,7 @@ class Study:
     def pruner(self) -> Pruner:
         from droptune.search.pruning import make_pruner
 
-        return make_pruner(self.spec, self.row.intervals)
+        return make_pruner(self.spec, self.row.intervals, self.row.meta.get("chance"))
 
     def settle(self, items: Items) -> Decision:
         """Write the measurements of one boundary; decide once for the whole group."""

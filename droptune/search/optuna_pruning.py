@@ -64,12 +64,17 @@ class OptunaPruning:
     """
 
     def __init__(
-        self, name: str, options: Mapping[str, Any], objective: Objective, intervals: int
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        objective: Objective,
+        intervals: int,
+        chance: float | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         known = OPTUNA[name]
         options = {**known.presets(intervals), **options}
-        self._key = objective.key
+        self._key, self._chance = objective.key, chance
         self._study = optuna.create_study(
             study_name=name, direction=objective.direction, pruner=_make(name, options)
         )
@@ -87,7 +92,7 @@ class OptunaPruning:
         )
 
     def judge(self, records: Sequence[Record], ids: set[int]) -> Judgement:
-        failed = failures(records, ids, (self._key,))
+        failed = failures(records, ids, (self._key,), self._chance)
         trials = [r for r in records if r.training.kind.is_trial]
         trials.sort(key=lambda r: (not r.state.finished, r.training.number or 0))
         told = {r.training.id for r in trials if self._follow(r) and r.training.id in ids}

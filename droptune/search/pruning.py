@@ -169,12 +169,13 @@ def is_audited(seed: int, number: int | None, share: float) -> bool:
 
 @dataclass(frozen=True)
 class FairPruning:
-    """`decide` on a study's records; `seed` is the study's."""
+    """`decide` on a study's records; `seed` is the study's, `chance` an untrained model's loss."""
 
     objectives: tuple[Objective, ...]
     intervals: int
     seed: int = 0
     rules: Rules = DEFAULT
+    chance: float | None = None
 
     @property
     def note(self) -> str:
@@ -186,7 +187,8 @@ class FairPruning:
         )
 
     def judge(self, records: Sequence[Record], ids: set[int]) -> Judgement:
-        failed = failures(records, ids, [objective.key for objective in self.objectives])
+        keys = [objective.key for objective in self.objectives]
+        failed = failures(records, ids, keys, self.chance)
         asked = [r for r in records if r.training.id in ids - set(failed) and self._is_due(r)]
         if not asked:
             return Judgement(failed=failed)
@@ -222,21 +224,24 @@ class FairPruning:
         return replace(decision, predicted=tuple(predicted.tolist()), best=tuple(best.tolist()))
 
 
-def make_pruner(spec: StudySpec, intervals: int) -> Pruner:
+def make_pruner(spec: StudySpec, intervals: int, chance: float | None = None) -> Pruner:
     """The pruner of a study file: `fair`, `none`, or one of Optuna's by name.
+
+    chance: the training loss of an untrained model, where it is known
 
     Raises SpecError for an unknown name or option, and for Optuna's with several objectives.
     """
     name, options = spec.pruner.name, spec.pruner.options
     if name == "none":
-        return NoPruning(tuple(objective.key for objective in spec.objectives))
+        return NoPruning(tuple(objective.key for objective in spec.objectives), chance)
     if name == "fair":
-        return FairPruning(tuple(spec.objectives), intervals, spec.seed, Rules.of(options))
+        rules = Rules.of(options)
+        return FairPruning(tuple(spec.objectives), intervals, spec.seed, rules, chance)
     if name not in OPTUNA:
         raise SpecError(f"unknown pruner {name!r}{nearest(name, [*OPTUNA, 'fair', 'none'])}")
     if len(spec.objectives) > 1:
         raise SpecError(f"pruner {name} knows one objective only; use `pruner: fair` or none")
-    return OptunaPruning(name, options, spec.objectives[0], intervals)
+    return OptunaPruning(name, options, spec.objectives[0], intervals, chance)
 
 
 class FairPruner(optuna.pruners.BasePruner):

@@ -12,8 +12,7 @@ import optuna
 import pytest
 
 from droptune.errors import SpecError
-from droptune.search.audit import Audit, rank_correlation
-from droptune.search.judgement import divergence
+from droptune.search.audit import Audit
 from droptune.search.posterior import robust_best
 from droptune.search.prediction import Process, Trace, Warp, expected_values, points
 from droptune.search.pruning import (
@@ -366,7 +365,15 @@ def test_divergence_is_told_and_overfitting_is_not(curves, told):
         failed = pruner.judge([made], {100}).failed
         assert (told or "") in failed.get(100, "")
         assert (100 in failed) == (told is not None)
-    assert divergence(replace(made, curves={"train/loss": (30.0,)}), (), chance=2.3)
+
+
+@pytest.mark.parametrize("name", ["fair", "none", "median"])
+def test_what_an_untrained_model_loses_is_the_measure_where_it_is_known(name):
+    pruner = make_pruner(spec(name), INTERVALS, chance=2.3)
+    at_once, spiking = ((30.0,), (0.01, 0.4))
+    for losses, fails in ((at_once, True), (spiking, False)):
+        made = replace(record(0, 0.1, 1e-3, [1.0]), curves={"train/loss": losses})
+        assert bool(pruner.judge([made], {100}).failed) == fails
 
 
 # -- by name ----------------------------------------------------------------------------------
