@@ -193,7 +193,8 @@ class FairPruning:
         if not asked:
             return Judgement(failed=failed)
         completed = self._compared(completed_trials(records))
-        known = traces(completed + asked, self.objectives, self.intervals, self._is_audited)
+        among = [r for r in records if r.training.kind.is_trial]
+        known = traces(completed + asked, self.objectives, self.intervals, self._is_audited, among)
         decided = decide(
             [c for c in known if c.values is not None],
             [c for c in known if c.values is None],

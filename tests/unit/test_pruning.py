@@ -108,6 +108,27 @@ def test_neither_order_nor_neighbours_change_a_decision():
         assert alone.predicted == pytest.approx(whole[one.key].predicted)
 
 
+def test_neighbours_of_a_kind_that_never_completed_change_nothing():
+    def scheduled(i, done, word):
+        made = record(
+            i, *GRID[i], CURVES[i, :done], State.COMPLETE if done == INTERVALS else State.RUNNING
+        )
+        values = {"schedule": word}
+        assignment = replace(made.training.assignment, values=values)
+        return replace(made, training=replace(made.training, assignment=assignment))
+
+    completed = [scheduled(i, INTERVALS, "constant") for i in TEACHERS]
+    constant = scheduled(OTHERS[0], 20, "constant")
+    early = scheduled(OTHERS[1], 20, "early")
+    judge = FairPruning((NLL,), INTERVALS, rules=RULES).judge
+    alone = judge([*completed, constant], {constant.training.id}).decisions
+    both = judge([*completed, constant, early], {constant.training.id, early.training.id})
+    one = constant.training.id
+    assert both.decisions[one].predicted == pytest.approx(alone[one].predicted)
+    assert both.decisions[one].sd == pytest.approx(alone[one].sd)
+    assert early.training.id not in both.pruned  # nobody knows what early does
+
+
 def test_nothing_is_decided_before_there_are_pilots_or_off_checkpoints():
     few = [trace(i) for i in TEACHERS[: RULES.pilots - 1]]
     assert decide(few, [trace(1, 8)], INTERVALS, ["last"], RULES) == {}
