@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +54,7 @@ class Prepared:
     def notes(self) -> list[str]:
         """What the user should know before spending anything."""
         notes = [f"warning: {warning}" for warning in self.discovery.warnings]
+        notes += [*self._shorter(), *self._several()]
         notes += [
             f"not tunable: {u.module or 'model'}: {u.operation} ({u.reason})"
             for u in self.discovery.untunable
@@ -62,6 +64,25 @@ class Prepared:
             sizes = ", ".join(f"{samples[name]} for {name}" for name in made)
             notes.append(f"split off once from the training data by the study's seed: {sizes}")
         return notes
+
+    def _shorter(self) -> Iterator[str]:
+        """That the study trains less long than its program: the best rates depend on that."""
+        epochs, meant = self.spec.epochs or 0, self.program.epochs
+        if epochs < meant:
+            yield (
+                f"warning: trains {counted(epochs, 'epoch')} where the program says {meant}: the "
+                "best rates belong to one length of training, and short ones ask for less "
+                f"dropout; search with `epochs: {meant}`, or train {epochs} in the end, too"
+            )
+
+    def _several(self) -> Iterator[str]:
+        """Which of several objectives the verdict is about."""
+        first, *others = (objective.metric for objective in self.spec.objectives)
+        if others:
+            yield (
+                f"several objectives: the search looks for compromises of {first} and "
+                f"{', '.join(others)}; confirmations and the verdict are about {first}, the first"
+            )
 
 
 def prepare(spec: StudySpec, root: Path) -> Prepared:

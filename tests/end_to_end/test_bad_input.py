@@ -127,6 +127,13 @@ def test_faults_of_the_study_file_name_the_key(create, project, line, words):
     refused(create(), *words, left=FILES, folder=project)
 
 
+def test_a_short_training_and_several_objectives_are_spoken_of(create, project):
+    (project / "study.yaml").write_text(f"{STUDY}epochs: 1\nobjective: [nll, accuracy]\n")
+    said = create().stdout
+    assert "trains 1 epoch where the program says 2" in said
+    assert "the verdict are about nll, the first" in said
+
+
 def test_nan_in_the_data(create, project):
     source = MODEL.format(dropout="nn.Dropout(0.3), ", poison="x[7, 2] = float('nan')")
     (project / "model.py").write_text(source)
