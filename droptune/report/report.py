@@ -155,6 +155,7 @@ def _sections(evidence: Evidence, verdict: Verdict) -> list[tuple[str, list[str 
         ("Rates to use", [f"{reason}." if reason else "", tables.rates(evidence, verdict)]),
         ("Comparisons", [shown, curse(evidence, verdict)]),
         ("All metrics", [tables.metrics(evidence, members(evidence, verdict))]),
+        ("Several objectives", [tables.pareto(evidence)]),
         ("One group left out", [left_out]),
         ("Importance", [tables.importance(evidence, verdict), together, *verdict.warnings]),
         ("Calibration", [tables.calibration(verdict)]),
@@ -246,6 +247,7 @@ def _tables(evidence: Evidence, verdict: Verdict) -> dict[str, Any]:
         "ablation": tables.comparisons(evidence, verdict.ablation),
         "metrics": tables.metrics(evidence, members(evidence, verdict)),
         "calibration": tables.calibration(verdict),
+        "pareto": tables.pareto(evidence),
     }
 
 
