@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from droptune.errors import ConfigurationError, SiteError, SpecError
+from droptune.program.data import Streamed
 from droptune.program.program import Program, default_values, load_program
 from droptune.program.source import fingerprint
 from droptune.search.pruning import make_pruner
@@ -105,6 +106,11 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
         raise SpecError(
             f"confirm.splits is {spec.confirm.splits}, but {spec.program} gives validation data of "
             "its own, which are never split again: leave validation= out there, or say splits: same"
+        )
+    if isinstance(splits.train, Streamed) and any(o.metric == "gap" for o in spec.objectives):
+        raise SpecError(
+            f"objective: gap is not measured where training data are streamed: give {spec.program} "
+            "its training data as tensors or arrays, or take another objective"
         )
     recipe = Recipe.of(program, discovery.sites, spec, torch.device("cpu"))
     trainer, reason = _trainer(recipe, spec)
