@@ -79,14 +79,39 @@ class Proposer:
 
     def _check(self) -> None:
         if self._name in OPTUNA:
-            self._sampler(self._name, 0)
+            self._try()
         known = CMAES_OPTIONS if self._name == "cmaes" else ()
         unknown = sorted(set(self._options) - set(known)) if self._name not in OPTUNA else []
         if unknown:
             possible = f"possible: {', '.join(known)}" if known else "it has none"
             raise SpecError(f"sampler {self._name} has no option {unknown[0]!r} ({possible})")
-        if self._name == "cmaes" and len(self._spec.objectives) > 1:
+        if self._name != "cmaes":
+            return
+        if len(self._spec.objectives) > 1:
             raise SpecError("sampler cmaes knows one objective only; use tpe, gp, random or qmc")
+        try:
+            self._strategy([])
+        except (AssertionError, TypeError, ValueError) as error:
+            raise self._refused(error) from error
+
+    def _try(self) -> None:
+        """Ask it once with one trial to learn from: some look at their options only then."""
+        memory = _Memory(self._spec.objectives)
+        middle = from_unit(self._kinds, np.full(len(self._kinds), 0.5))
+        values, kinds = [0.0] * len(self._spec.objectives), dict(self._kinds)
+        memory.learn(
+            {0: optuna.trial.create_trial(params=middle, distributions=kinds, values=values)}
+        )
+        with memory.running([]) as study:
+            study.sampler = self._sampler(self._name, 0)
+            try:
+                study.ask(kinds)
+            except (TypeError, ValueError) as error:
+                raise self._refused(error) from error
+
+    def _refused(self, error: Exception) -> SpecError:
+        given = "".join(f", {key} {value!r}" for key, value in self._options.items())
+        return SpecError(f"sampler {self._name}{given}: {error}")
 
     def _seed(self, *parts: str | int) -> int:
         return derive_seed(self._spec.seed, *parts) % 2**32
@@ -147,7 +172,7 @@ class Proposer:
         try:
             return OPTUNA[name](seed=seed, **options)
         except (TypeError, ValueError) as error:
-            raise SpecError(f"sampler {name}: {error}") from error
+            raise self._refused(error) from error
 
     def _expected(self, finished: Sequence[Record]) -> dict[int, tuple[float, ...]]:
         longest = max((r.intervals_done for r in finished), default=0)

@@ -451,6 +451,7 @@ def test_a_late_warm_up_is_not_warned_about():
         (spec("fair", level=99), "pruner fair: level"),
         (spec("fair", pilots="some"), "pruner fair: pilots"),
         (spec("percentile", percentile=200.0), "pruner percentile"),
+        (spec("hyperband", min_resource=0), "pruner hyperband, .*min_resource 0"),
         (spec("sha", objectives=(NLL, Objective("accuracy"))), "one objective"),
     ],
 )

@@ -156,7 +156,9 @@ def test_two_objectives(name):
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("tpe", {"startup": 3}, "sampler tpe"),
+        ("tpe", {"startup": 3}, "sampler tpe, startup 3"),
+        ("tpe", {"n_startup_trials": "ten"}, "sampler tpe, n_startup_trials 'ten'"),
+        ("cmaes", {"popsize": "many"}, "sampler cmaes, popsize 'many'"),
         ("cmaes", {"sigma": 3}, "no option 'sigma'"),
         ("qmc", {"x": 3}, "no option 'x'"),
     ],
