@@ -25,10 +25,11 @@ from droptune.spec.objective import Objective
 from droptune.spec.spec import StudySpec
 from droptune.training import Assignment, Record, State, derive_seed
 
-SEEN = 1000  # finished trials that a sampler learns from, at most
+SEEN = 1000  # finished trials that a sampler learns from, about
+SEEN_BY_GP = 200  # its cost is cubic in them
 PER_PARAMETER = 2  # trials of the first wave for each parameter
 FIRST_WAVE = (6, 16)  # at least and at most so many
-GP_FINISHED, GP_ASKED = 200, 8  # `auto` is gp up to so many finished and new trials, then tpe
+GP_ASKED = 8  # `auto` is gp up to so many new trials, and SEEN_BY_GP finished ones, then tpe
 
 OPTUNA: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
@@ -131,17 +132,21 @@ class Proposer:
             and r.training.assignment is not None
             and r.training.number not in numbers
         ]
-        finished = self._bounded([r for r in trials if r.state.finished])
+        finished = [r for r in trials if r.state in (State.COMPLETE, State.PRUNED)]
         if self._name == "cmaes":
-            return self._evolved(finished, numbers)
+            return self._evolved(self._chosen(finished, SEEN), numbers)
         running = [r for r in trials if r.state is State.RUNNING]
         return self._asked(finished, running, numbers)
 
-    @staticmethod
-    def _bounded(finished: list[Record]) -> list[Record]:
-        """The latest, at most SEEN."""
-        finished.sort(key=lambda r: r.training.number or 0)
-        return [r for r in finished if r.state is not State.FAIL][-SEEN:]
+    def _chosen(self, finished: Sequence[Record], most: int) -> list[Record]:
+        """At most so many, by number: half of them the latest, the others the best before those."""
+        ordered = sorted(finished, key=lambda r: r.training.number or 0)
+        before, latest = ordered[: -most // 2], ordered[-most // 2 :]
+        if len(ordered) > most:
+            sign = float(direction_signs(self._spec.objectives)[0])
+            before.sort(key=lambda r: np.inf if r.value is None else sign * r.value)
+            before = before[: most - len(latest)]
+        return sorted([*before, *latest], key=lambda r: r.training.number or 0)
 
     # -- Optuna's samplers --------------------------------------------------------------------
 
@@ -150,7 +155,9 @@ class Proposer:
     ) -> dict[int, dict[str, Any]]:
         name = self._learner(len(finished), len(numbers))
         memory = self._memories.get(name)
-        if memory is None or memory.is_full:
+        most = SEEN_BY_GP if name == "gp" else SEEN
+        finished = self._chosen(finished, most)
+        if memory is None or memory.size > 2 * most:
             memory = self._memories[name] = _Memory(self._spec.objectives)
         new = [r for r in finished if r.training.id not in memory.known]
         expected = self._expected(finished) if name == "gp" else {}
@@ -165,7 +172,7 @@ class Proposer:
     def _learner(self, finished: int, asked: int) -> str:
         if self._name != "auto":
             return self._name
-        return "gp" if finished <= GP_FINISHED and asked <= GP_ASKED else "tpe"
+        return "gp" if finished <= SEEN_BY_GP and asked <= GP_ASKED else "tpe"
 
     def _sampler(self, name: str, seed: int) -> optuna.samplers.BaseSampler:
         options = {**PRESETS.get(name, {}), **self._options}
@@ -244,8 +251,8 @@ class _Memory:
         self.known: set[int] = set()
 
     @property
-    def is_full(self) -> bool:
-        return len(self._study.get_trials(deepcopy=False)) > 2 * SEEN
+    def size(self) -> int:
+        return len(self._study.get_trials(deepcopy=False))
 
     def learn(self, trials: Mapping[int, FrozenTrial]) -> None:
         self._study.add_trials(trials.values())
