@@ -58,7 +58,7 @@ class Process:
     """
 
     LINEAR, LENGTH, NOISE = (
-        grid.ravel() for grid in np.meshgrid((0.25, 1.0, 4.0), (1.0, 2.0), (0.02, 0.1))
+        grid.ravel() for grid in np.meshgrid((0.25, 1.0, 4.0), (1.0, 2.0), (0.02, 0.1, 0.3, 1.0))
     )
 
     def __init__(self, x: Array, y: Array) -> None:
@@ -125,6 +125,15 @@ class Warp:
         return self.best + self.scale * np.sinh(mean), self.scale * np.cosh(mean) * sd
 
 
+def jumps(curves: Array) -> float:
+    """How far curves [n, intervals] lie from a straight line over their last third: the median of
+    their standard deviations."""
+    tail = curves[:, -max(4, curves.shape[1] // 3) :]
+    time = np.linspace(-1, 1, tail.shape[1])
+    level = tail - tail.mean(1, keepdims=True)
+    return float(np.median((level - np.outer(level @ time / (time @ time), time)).std(1)))
+
+
 def shape(curves: Array) -> Array:
     """What curves [n, intervals] have shown [n, 3]: level now, change since half-way, lowest."""
     interval = curves.shape[1]
@@ -139,12 +148,14 @@ class Prediction:
     """Final values in one objective: mean and sd [n] in warped units.
 
     error: of leaving one out, as a share of the final values' standard deviation
+    jumps: how far values jump from interval to interval, where the objective is `counted`
     """
 
     warp: Warp
     mean: Array
     sd: Array
     error: float
+    jumps: float = 0.0
 
 
 def predict(
@@ -152,13 +163,15 @@ def predict(
     asked: Sequence[Trace],
     interval: int,
     takes: Sequence[str],
+    counted: Sequence[bool] = (),
     *,
     pilots: int = PILOTS,
     seen: int = SEEN,
 ) -> tuple[Prediction, ...] | None:
     """Final values of `asked`, seen up to `interval`: one Prediction per objective.
 
-    takes: "last" or "best" per objective. None where the completed are too few or all alike.
+    takes: "last" or "best" per objective; counted: whether it counts right and wrong, so that its
+    values jump from interval to interval. None where the completed are too few or all alike.
     """
     able = [c for c in completed if c.intervals >= interval]
     if len(able) < pilots or not asked:
@@ -166,6 +179,7 @@ def predict(
     teachers = _teachers(able, seen)
     points, reached = np.stack([c.point for c in teachers]), _reached(teachers)
     asked_points = np.stack([c.point for c in asked])
+    shortest = min(c.intervals for c in teachers)
     made = []
     for objective, take in enumerate(takes):
         warp = Warp.of(_reached(completed)[:, objective])
@@ -181,7 +195,9 @@ def predict(
         if take == "best":
             mean = np.minimum(mean, asked_shown[:, 2])  # what it has reached, it keeps
         error = process.error / max(float(y.std()), 1e-12)
-        made.append(Prediction(warp, mean, np.maximum(sd, process.error), error))
+        whole = np.stack([c.curves[objective, :shortest] for c in teachers])
+        jumping = jumps(warp(whole)) if any(counted[objective : objective + 1]) else 0.0
+        made.append(Prediction(warp, mean, np.maximum(sd, process.error), error, jumping))
     return tuple(made)
 
 

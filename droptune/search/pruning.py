@@ -68,6 +68,8 @@ __all__ = [
 ]
 
 LEAST_INTERVALS = 8
+COUNTED = ("accuracy", "error", "precision", "recall", "f1")  # metrics that count right and wrong
+TIE = 0.5  # of such a metric's jumps from interval to interval: a lead of less is none
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -116,8 +118,12 @@ def decide(
     intervals: int,
     takes: Sequence[str],
     rules: Rules = DEFAULT,
+    *,
+    counted: Sequence[bool] = (),
 ) -> dict[int, Decision]:
     """One decision for every running training that is at a checkpoint and can be predicted.
+
+    takes: "last" or "best" per objective; counted: whether it counts right and wrong (accuracy)
 
     With several objectives, one is pruned where some completed training is better in all of them
     than the optimistic ends of its predictions. The order of the members is without effect, and
@@ -127,7 +133,7 @@ def decide(
     for interval in rules.at(intervals):
         asked = [c for c in running if c.intervals == interval and not c.protected]
         predictions = predict(
-            completed, asked, interval, takes, pilots=rules.pilots, seen=rules.seen
+            completed, asked, interval, takes, counted, pilots=rules.pilots, seen=rules.seen
         )
         if predictions and all(p.error < rules.reliable for p in predictions):
             decisions |= _compare(completed, asked, interval, predictions, rules)
@@ -144,7 +150,7 @@ def _compare(
     factor = float(student.ppf(rules.level, min(len(completed), rules.seen) - 2))
     reached = np.stack([c.values for c in completed if c.values is not None])  # [n, objectives]
     warped = np.column_stack([p.warp(reached[:, j]) for j, p in enumerate(predictions)])
-    optimistic = np.column_stack([p.mean - factor * p.sd for p in predictions])
+    optimistic = np.column_stack([p.mean - factor * p.sd + TIE * p.jumps for p in predictions])
     ends = [p.warp.back(p.mean, p.sd) for p in predictions]
     decisions = {}
     for i, trace in enumerate(asked):
@@ -201,6 +207,7 @@ class FairPruning:
             self.intervals,
             [objective.take for objective in self.objectives],
             self.rules,
+            counted=[o.metric.removeprefix("mc_") in COUNTED for o in self.objectives],
         )
         decisions = {key: self._in_own_directions(d) for key, d in decided.items()}
         pruned = frozenset(key for key, decision in decisions.items() if decision.prune)
@@ -255,6 +262,7 @@ class FairPruner(optuna.pruners.BasePruner):
     rates: the parameters that are dropout rates; all others count too, positive numbers by
         their logarithm
     take: "last" where the objective returns its last report, "best" where it returns its best
+    counted: whether the objective counts right and wrong, as accuracy does
 
     Trials with the user attribute `baseline` are never pruned. It is stateless: each call reads
     the completed trials and decides for one. What only droptune's own loop can do: decide once
@@ -268,6 +276,7 @@ class FairPruner(optuna.pruners.BasePruner):
         rates: Sequence[str] = (),
         *,
         take: str = "last",
+        counted: bool = False,
         rules: Rules = DEFAULT,
     ) -> None:
         if n_steps < LEAST_INTERVALS:
@@ -275,6 +284,7 @@ class FairPruner(optuna.pruners.BasePruner):
         if take not in ("last", "best"):
             raise ValueError(f"take={take!r}: possible are 'last' and 'best'")
         self._n_steps, self._rates, self._take, self._rules = n_steps, set(rates), take, rules
+        self._counted = counted
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether this trial ends here."""
@@ -292,6 +302,7 @@ class FairPruner(optuna.pruners.BasePruner):
             self._n_steps,
             [self._take],
             self._rules,
+            counted=[self._counted],
         )
         return any(decision.prune for decision in decisions.values())
 

@@ -176,6 +176,21 @@ def test_an_overfitting_training_lives_on_its_past_only_where_best_counts():
     assert by_last[past].prune == bool(CURVES[past, -1] > CURVES[teachers, -1].min() + 0.1)
 
 
+def test_what_counts_right_and_wrong_is_not_kept_for_its_luck():
+    shaky = CURVES + 0.12 * np.random.default_rng(2).normal(size=CURVES.shape)
+
+    def noisy(i, done=INTERVALS):
+        values = np.array([shaky[i, -1]]) if done == INTERVALS else None
+        return Trace(i, shaky[None, i, :done], POINTS[i], values)
+
+    completed, running = [noisy(i) for i in TEACHERS], [noisy(i, 8) for i in OTHERS]
+    pruned = []
+    for counted in (False, True):
+        decisions = decide(completed, running, INTERVALS, ["last"], RULES, counted=[counted])
+        pruned.append({i for i, decision in decisions.items() if decision.prune})
+    assert pruned[0] < pruned[1]
+
+
 def test_with_two_objectives_only_the_dominated_are_pruned():
     def two(i, done=INTERVALS):
         one = trace(i, done)
@@ -488,6 +503,24 @@ def test_fair_pruner_in_an_optuna_study_keeps_the_best():
     states = [t.state for t in study.trials]
     assert states.count(optuna.trial.TrialState.PRUNED) >= 5
     assert study.best_value == pytest.approx(CURVES[BEST, -1])
+
+
+def test_fair_pruner_reads_trials_that_reported_longer():
+    study = optuna.create_study()
+    kinds = {"p": optuna.distributions.FloatDistribution(0, 0.9)}
+    for i in TEACHERS:
+        curve = [*CURVES[i], *[CURVES[i, -1]] * (i % 3)]
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={"p": GRID[i][0]}, distributions=kinds, value=CURVES[i, -1],
+                intermediate_values=dict(enumerate(curve)),
+            )
+        )  # fmt: skip
+    running = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.RUNNING, params={"p": 0.0}, distributions=kinds,
+        intermediate_values=dict(enumerate(CURVES[1, :20])),
+    )  # fmt: skip
+    assert FairPruner(n_steps=INTERVALS, rates=["p"]).prune(study, running)
 
 
 def test_fair_pruner_refuses_what_it_cannot_use():
