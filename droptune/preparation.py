@@ -55,7 +55,7 @@ class Prepared:
     def notes(self) -> list[str]:
         """What the user should know before spending anything."""
         notes = [f"warning: {warning}" for warning in self.discovery.warnings]
-        notes += [*self._shorter(), *self._several()]
+        notes += [*self._shorter(), *self._nothing_to_search(), *self._several()]
         notes += [
             f"not tunable: {u.module or 'model'}: {u.operation} ({u.reason})"
             for u in self.discovery.untunable
@@ -74,6 +74,16 @@ class Prepared:
                 f"warning: trains {counted(epochs, 'epoch')} where the program says {meant}: the "
                 "best rates belong to one length of training, and short ones ask for less "
                 f"dropout; search with `epochs: {meant}`, or train {epochs} in the end, too"
+            )
+
+    def _nothing_to_search(self) -> Iterator[str]:
+        """That the baselines, which are trained in any case, use up the budget."""
+        trials, baselines = self.spec.budget.trials, len(self.space.baselines(self.spec.baselines))
+        if trials is not None and trials <= baselines:
+            yield (
+                f"warning: the baselines alone are {counted(baselines, 'trial')}, which leaves "
+                f"none of the budget of {trials} to search: raise budget.trials, or lower "
+                "baselines.trials (learning rates for each)"
             )
 
     def _several(self) -> Iterator[str]:

@@ -127,10 +127,11 @@ def test_faults_of_the_study_file_name_the_key(create, project, line, words):
     refused(create(), *words, left=FILES, folder=project)
 
 
-def test_a_short_training_and_several_objectives_are_spoken_of(create, project):
+def test_what_a_budget_is_too_small_for_is_spoken_of(create, project):
     (project / "study.yaml").write_text(f"{STUDY}epochs: 1\nobjective: [nll, accuracy]\n")
     said = create().stdout
     assert "trains 1 epoch where the program says 2" in said
+    assert "the baselines alone are 15 trials, which leaves none of the budget of 4" in said
     assert "the verdict are about nll, the first" in said
 
 
