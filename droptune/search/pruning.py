@@ -70,8 +70,6 @@ __all__ = [
 LEAST_INTERVALS = 8
 COUNTED = ("accuracy", "error", "precision", "recall", "f1")  # metrics that count right and wrong
 TIE = 0.5  # of such a metric's jumps from interval to interval: a lead of less is none
-
-
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
