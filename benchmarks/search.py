@@ -126,6 +126,7 @@ def ours(rules: Rules) -> Callable[[Recorded, int], Judge]:
                 recorded.intervals,
                 [recorded.take],
                 rules,
+                counted=[recorded.metric == "accuracy"],
             )
             return {i for i, decision in decisions.items() if decision.prune}
 

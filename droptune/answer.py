@@ -9,9 +9,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from droptune.errors import DroptuneError
-from droptune.progress import Progress
+from droptune.progress import Progress, front
 from droptune.scores import read_metrics
 from droptune.script import script
+from droptune.search.posterior import robust_best
 from droptune.training import Assignment, Record, State, TrainingKind
 from droptune.verdict.wording import counted, duration
 
@@ -47,6 +48,7 @@ def to_json(study: Study) -> dict[str, Any]:
         "objective": {"metric": objective.key, "take": objective.take},
         "budget": {"intervals": study.intervals, "samples": study.row.meta["samples"]},
         "best": _record_json(record),
+        "noise_aware": _smoothed_json(study),
         "baselines": {
             label: found and _record_json(found) for label, found in progress.baselines.items()
         },
@@ -54,8 +56,31 @@ def to_json(study: Study) -> dict[str, Any]:
         "confirmed": [one.to_json() for one in confirmed(study)],
         "author_rates": {site.path: site.rate for site in study.sites},
         "author_lr": study.row.meta["author_lr"],
+        **_front_json(study),
         "cost": {"intervals": progress.intervals, "device_seconds": progress.device_seconds},
         "verdict": study.verdict(),
+    }
+
+
+def _smoothed_json(study: Study) -> dict[str, Any] | None:
+    """The best without its luck: the posterior mean of its value, and that one's sd."""
+    found = robust_best(study.records(), study.objectives[0])
+    if found is None:
+        return None
+    return {**_record_json(found.record), "mean": found.mean, "sd": found.sd}
+
+
+def _front_json(study: Study) -> dict[str, Any]:
+    """The Pareto front of several objectives."""
+    keys = [objective.key for objective in study.objectives]
+    if len(keys) < 2:
+        return {}
+    found = front(study.records(), study.objectives)
+    return {
+        "front": [
+            {**_record_json(r), "values": dict(zip(keys, r.values or (), strict=True))}
+            for r in found
+        ]
     }
 
 
@@ -139,7 +164,7 @@ def text(study: Study) -> str:
         reason = verdict["recommended"]["reason"]
         lines += [f"recommended ({reason}):", *_rates(study, _chosen(study, progress))]
         lines += [f"note: {hint}" for hint in (*verdict["warnings"], *verdict["hints"])]
-    lines += ["", *_comparison(study, progress, best), "", _cost(progress)]
+    lines += ["", *_comparison(study, progress, best), *_front(study), "", _cost(progress)]
     return "\n".join(lines)
 
 
@@ -205,7 +230,43 @@ def _comparison(study: Study, progress: Progress, best: Record) -> Iterator[str]
         keys = _keys(study, [_measured(record) for record in found.values() if record])
         head = ("", "trial", "lr", *keys)
         yield from _aligned([head, *(_search_row(*item, keys) for item in found.items())])
+        yield from _smoothed(study)
     yield from _left_out(study, progress, known)
+
+
+def _smoothed(study: Study) -> Iterator[str]:
+    """Which trial is best when the luck of single trainings is taken out."""
+    found = robust_best(study.records(), study.objectives[0])
+    if found is not None:
+        assignment = _assignment(found.record)
+        yield (
+            f"without the luck of single trainings {found.record.training.name} is best: "
+            f"{study.objectives[0].key} {found.mean:.4f} ± {found.sd:.4f} by its neighbours, too "
+            f"(lr {assignment.lr:.3g}, mean rate {assignment.mean_rate:.2f})"
+        )
+
+
+def _front(study: Study) -> Iterator[str]:
+    """The trials to choose from where there are several objectives."""
+    keys = [objective.key for objective in study.objectives]
+    if len(keys) < 2:
+        return
+    found = front(study.records(), study.objectives)
+    yield ""
+    yield (
+        f"Pareto front of {' and '.join(keys)}: no other trial of the search equals or betters one "
+        "of these in all of them (one training each)"
+    )
+    rows = [
+        (
+            record.training.name,
+            f"{_assignment(record).lr:.3g}",
+            f"{_assignment(record).mean_rate:.3f}",
+            *(f"{value:.4f}" for value in record.values or ()),
+        )
+        for record in found
+    ]
+    yield from _aligned([("", "lr", "mean rate", *keys), *rows])
 
 
 def _confirmed_row(one: Confirmed, keys: Sequence[str]) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ def _rows(record: Record) -> list[dict[str, Any]]:
         "state": record.state.value,
         "reason": record.reason,
         "objective": record.value,
+        **{f"objective_{i}": value for i, value in enumerate(record.values or (), 1) if i > 1},
         "best_interval": record.best_interval,
         "attempt": training.attempt,
         "worker": record.worker,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 import torch
 
 from droptune.errors import ConfigurationError, SiteError, SpecError
-from droptune.program.program import Program, load_program
+from droptune.program.data import Streamed
+from droptune.program.program import Program, default_values, load_program
 from droptune.program.source import fingerprint
+from droptune.search.pruning import make_pruner
+from droptune.search.sampling import Proposer
 from droptune.sites.installed import find_program_sites
 from droptune.sites.site import Discovery, Site
 from droptune.space.space import Space
@@ -52,6 +56,7 @@ class Prepared:
     def notes(self) -> list[str]:
         """What the user should know before spending anything."""
         notes = [f"warning: {warning}" for warning in self.discovery.warnings]
+        notes += [*self._shorter(), *self._nothing_to_search(), *self._several()]
         notes += [
             f"not tunable: {u.module or 'model'}: {u.operation} ({u.reason})"
             for u in self.discovery.untunable
@@ -61,6 +66,35 @@ class Prepared:
             sizes = ", ".join(f"{samples[name]} for {name}" for name in made)
             notes.append(f"split off once from the training data by the study's seed: {sizes}")
         return notes
+
+    def _shorter(self) -> Iterator[str]:
+        """That the study trains less long than its program: the best rates depend on that."""
+        epochs, meant = self.spec.epochs or 0, self.program.epochs
+        if epochs < meant:
+            yield (
+                f"warning: trains {counted(epochs, 'epoch')} where the program says {meant}: the "
+                "best rates belong to one length of training, and short ones ask for less "
+                f"dropout; search with `epochs: {meant}`, or train {epochs} in the end, too"
+            )
+
+    def _nothing_to_search(self) -> Iterator[str]:
+        """That the baselines, which are trained in any case, use up the budget."""
+        trials, baselines = self.spec.budget.trials, len(self.space.baselines(self.spec.baselines))
+        if trials is not None and trials <= baselines:
+            yield (
+                f"warning: the baselines alone are {counted(baselines, 'trial')}, which leaves "
+                f"none of the budget of {trials} to search: raise budget.trials, or lower "
+                "baselines.trials (learning rates for each)"
+            )
+
+    def _several(self) -> Iterator[str]:
+        """Which of several objectives the verdict is about."""
+        first, *others = (objective.metric for objective in self.spec.objectives)
+        if others:
+            yield (
+                f"several objectives: the search looks for compromises of {first} and "
+                f"{', '.join(others)}; confirmations and the verdict are about {first}, the first"
+            )
 
 
 def prepare(spec: StudySpec, root: Path) -> Prepared:
@@ -84,10 +118,17 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
             f"confirm.splits is {spec.confirm.splits}, but {spec.program} gives validation data of "
             "its own, which are never split again: leave validation= out there, or say splits: same"
         )
+    if isinstance(splits.train, Streamed) and any(o.metric == "gap" for o in spec.objectives):
+        raise SpecError(
+            f"objective: gap is not measured where training data are streamed: give {spec.program} "
+            "its training data as tensors or arrays, or take another objective"
+        )
     recipe = Recipe.of(program, discovery.sites, spec, torch.device("cpu"))
     trainer, reason = _trainer(recipe, spec)
     discovery = replace(discovery, warnings=(*discovery.warnings, *what_is_lost(recipe)))
     intervals = spec.intervals(program, splits.train.n)
+    Proposer.of(spec, space)  # that its sampler and pruner can be made
+    make_pruner(spec, intervals)
     samples = {
         "train": splits.train.n,
         "validation": splits.validation.n,
@@ -104,6 +145,7 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
         "untunable": [untunable.to_json() for untunable in discovery.untunable],
         "warnings": list(discovery.warnings),
         "author_lr": program.lr,
+        "chance": _chance(program),
         "space": space.to_json(),
     }
     return Prepared(spec, root, program, discovery, space, intervals, meta)
@@ -118,6 +160,14 @@ def _trainer(recipe: Recipe, spec: StudySpec) -> tuple[str, str]:
             f"training.trainer is fused, and {spec.program} is not: {tried.reason}"
         )
     return ("fused" if tried.ok else "solo"), tried.reason
+
+
+def _chance(program: Program) -> float:
+    """The loss of an untrained model on one batch: what training must not rise far above."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        batch = program.example_batch(program.batch_size)
+        return float(program.loss(program.model().train(), batch, default_values(program.searched)))
 
 
 def _versions() -> dict[str, str]:

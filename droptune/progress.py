@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from droptune.spec.objective import Objective
 from droptune.training import Record, State, TrainingKind
 
 
@@ -66,6 +68,32 @@ def best(records: Sequence[Record], direction: str) -> Record | None:
     complete = [r for r in records if r.state is State.COMPLETE and _finite(r.value)]
     sign = 1 if direction == "minimize" else -1
     return min(complete, key=lambda r: (sign * (r.value or 0.0), r.training.id), default=None)
+
+
+def front(records: Sequence[Record], objectives: Sequence[Objective]) -> list[Record]:
+    """The Pareto front: COMPLETE trials that no other equals or betters in every objective.
+
+    The best in the first objective comes first; of equal ones the earliest stands for all.
+    """
+    signs = [1 if objective.direction == "minimize" else -1 for objective in objectives]
+
+    def signed(record: Record) -> tuple[float, ...]:
+        return tuple(sign * v for sign, v in zip(signs, record.values or (), strict=True))
+
+    complete = [
+        r
+        for r in records
+        if r.state is State.COMPLETE
+        and r.training.kind.is_trial
+        and r.values
+        and all(map(_finite, r.values))
+    ]
+    found: list[Record] = []
+    for record in sorted(complete, key=lambda r: (signed(r), r.training.id)):
+        values = signed(record)  # whoever betters it came before
+        if not any(all(map(operator.le, signed(other), values)) for other in found):
+            found.append(record)
+    return found
 
 
 def _finite(value: float | None) -> bool:

@@ -206,7 +206,7 @@ class Study:
     def pruner(self) -> Pruner:
         from droptune.search.pruning import make_pruner
 
-        return make_pruner(self.spec, self.row.intervals)
+        return make_pruner(self.spec, self.row.intervals, self.row.meta.get("chance"))
 
     def settle(self, items: Items) -> Decision:
         """Write the measurements of one boundary; decide once for the whole group."""
@@ -241,8 +241,8 @@ class Study:
 
     def describe(self, ending: Ending) -> str:
         """One line for the end of a training."""
-        objective = self.objectives[0].key
-        value = f", {objective} {ending.values[0]:.5g}" if ending.values else ""
+        known = zip(self.objectives, ending.values or (), strict=False)
+        value = "".join(f", {objective.key} {v:.5g}" for objective, v in known)
         reason = f" ({ending.reason})" if ending.reason else ""
         return f"{ending.training.name}: {ending.state.value.lower()}{reason}{value}"
 

@@ -20,6 +20,8 @@ from rich.text import Text
 
 from droptune.cli.trial import because
 from droptune.errors import StorageError, UnknownStudyError
+from droptune.progress import front
+from droptune.search.posterior import robust_best
 from droptune.training import Record, State
 from droptune.verdict.wording import counted, duration
 
@@ -102,10 +104,12 @@ def _patience() -> Iterator[None]:
 
 def event(study: Study, record: Record) -> str:
     """One line for one training that ended."""
-    training, objective = record.training, study.objectives[0]
+    training = record.training
     words = [f"{record.intervals_done} of {counted(training.intervals, 'interval')}"]
-    if record.value is not None:
-        words.append(f"{objective.key} {record.value:.5g}")
+    words += [
+        f"{objective.key} {value:.5g}"
+        for objective, value in zip(study.objectives, record.values or (), strict=False)
+    ]
     if training.assignment is not None:
         words.append(f"lr {training.assignment.lr:.3g}")
         words.append(f"mean rate {training.assignment.mean_rate:.2f}")
@@ -123,6 +127,7 @@ def panel(study: Study) -> Panel:
     rows.append(Text(" · ".join(_counts(progress))))
     if progress.best is not None:
         rows.append(_standings(study, progress))
+        rows += [Text(line) for line in _front(study)]
     title = f"{study.name} · {phase}"
     return Panel(Group(*rows), title=title, title_align="left")  # type: ignore[arg-type]
 
@@ -178,6 +183,14 @@ def _counts(progress: Progress) -> list[str]:
     ]
 
 
+def _front(study: Study) -> Iterator[str]:
+    """How many compromises there are where there are several objectives."""
+    if len(study.objectives) > 1:
+        keys = " and ".join(objective.key for objective in study.objectives)
+        count = counted(len(front(study.records(), study.objectives)), "trial")
+        yield f"Pareto front of {keys}: {count}"
+
+
 def _standings(study: Study, progress: Progress) -> Table:
     """The best of the search beside each baseline's best, one training each."""
     table = Table("of the search", study.objectives[0].key, "lr", "mean rate", box=None)
@@ -190,4 +203,9 @@ def _standings(study: Study, progress: Progress) -> Table:
         label = f"best ({record.training.name})" if name == "best" else name
         numbers = f"{record.value:.5g}", f"{assignment.lr:.3g}", f"{assignment.mean_rate:.2f}"
         table.add_row(label, *numbers)
+    smoothed = robust_best(study.records(), study.objectives[0])
+    if smoothed is not None and smoothed.record.training.assignment is not None:
+        found = smoothed.record.training.assignment
+        label = f"best without luck ({smoothed.record.training.name})"
+        table.add_row(label, f"{smoothed.mean:.5g}", f"{found.lr:.3g}", f"{found.mean_rate:.2f}")
     return table

@@ -48,11 +48,12 @@ def show(
 
 def _lines(study: Study, record: Record) -> Iterator[str]:
     """What the trial is, how it ended, and what it was trained with."""
-    training, objective = record.training, study.objectives[0]
+    training = record.training
     why = f" ({because(record.reason)})" if record.reason else ""
     yield f"{training.name}: {record.state.value.lower()}{why}"
-    if record.value is not None:
-        yield f"{objective.key} {record.value:.5g}, taken at interval {record.best_interval}"
+    for objective in study.objectives if record.values else ():
+        taken, interval = objective.value(record.curves[objective.key])
+        yield f"{objective.key} {taken:.5g}, taken at interval {interval}"
     if training.assignment is not None:
         yield f"lr {training.assignment.lr:.4g}"
         authors = {site.path: site.rate for site in study.sites}

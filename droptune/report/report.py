@@ -50,7 +50,7 @@ def render(evidence: Evidence, verdict: Verdict, format: str = "html") -> str:
 
 def as_json(evidence: Evidence, verdict: Verdict) -> str:
     """The verdict as JSON, with the pruning audit."""
-    audit = vars(Audit.of(evidence.records, evidence.objective))
+    audit = vars(Audit.of(evidence.records, evidence.spec.objectives))
     return json.dumps({**verdict.to_json(), "audit": audit}, indent=2, allow_nan=False)
 
 
@@ -153,13 +153,14 @@ def _sections(evidence: Evidence, verdict: Verdict) -> list[tuple[str, list[str 
     together = verdict.interaction.sentence if verdict.interaction else ""
     shown = tables.comparisons(evidence, verdict.comparisons) if verdict.comparisons else None
     left_out = tables.comparisons(evidence, verdict.ablation) if verdict.ablation else None
-    audit = Audit.of(evidence.records, evidence.objective).sentence
+    audit = Audit.of(evidence.records, evidence.spec.objectives).sentence
     sections: list[tuple[str, list[str | Table | None]]] = [
         ("", [verdict.sentence, verdict.second, *verdict.details, overfit]),
         (use, [f"{_capitalised(reason)}." if reason else "", tables.rates(evidence, verdict)]),
         ("What limits this study", [f"- {line}" for line in (*verdict.warnings, *verdict.hints)]),
         ("Comparisons", [shown, curse(evidence, verdict)]),
         ("All metrics", [tables.metrics(evidence, members(evidence, verdict))]),
+        ("Several objectives", [tables.pareto(evidence)]),
         ("One group left out", [left_out]),
         ("Importance", [tables.importance(evidence, verdict), together]),
         ("Calibration", [tables.calibration(verdict)]),
@@ -228,7 +229,7 @@ def html(evidence: Evidence, verdict: Verdict) -> str:
         figures=drawn,
         slices={k.removeprefix("slice/"): v for k, v in drawn.items() if k.startswith("slice/")},
         tables=_tables(evidence, verdict),
-        audit=Audit.of(evidence.records, evidence.objective).sentence,
+        audit=Audit.of(evidence.records, evidence.spec.objectives).sentence,
         cost=cost(evidence, verdict),
         curse=curse(evidence, verdict),
         price=price(verdict),
@@ -254,6 +255,7 @@ def _tables(evidence: Evidence, verdict: Verdict) -> dict[str, Any]:
         "ablation": tables.comparisons(evidence, verdict.ablation),
         "metrics": tables.metrics(evidence, members(evidence, verdict)),
         "calibration": tables.calibration(verdict),
+        "pareto": tables.pareto(evidence),
     }
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 
+from droptune.progress import front
 from droptune.training import Record
 from droptune.verdict.comparison import Comparison
-from droptune.verdict.evidence import Evidence
+from droptune.verdict.evidence import Evidence, assigned
 from droptune.verdict.findings import values_at_objective
 from droptune.verdict.verdict import Verdict
 from droptune.verdict.wording import (
@@ -134,6 +135,24 @@ def _comparison(metric: str, one: Comparison) -> tuple[str, ...]:
         amount(metric, found.detectable, found.detectable),
         STOPPED.get(one.stopped, one.stopped),
     )
+
+
+def pareto(evidence: Evidence) -> Table | None:
+    """The Pareto front of several objectives; None with one."""
+    objectives = evidence.spec.objectives
+    if len(objectives) < 2:
+        return None
+    head = ("trial", "lr", "mean rate", *(metric_name(each.metric) for each in objectives))
+    rows = [
+        (
+            record.training.name,
+            learning_rate(assigned(record).lr),
+            rate(assigned(record).mean_rate),
+            *(level(o.metric, v) for o, v in zip(objectives, record.values or (), strict=True)),
+        )
+        for record in front(evidence.records, objectives)
+    ]
+    return Table(head, tuple(rows)) if rows else None
 
 
 def calibration(verdict: Verdict) -> Table | None:

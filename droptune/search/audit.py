@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import spearmanr
 
-from droptune.search.judgement import completed_trials
+from droptune.search.prediction import Array, direction_signs
 from droptune.training import Record, State
 
 if TYPE_CHECKING:
@@ -21,8 +20,9 @@ if TYPE_CHECKING:
 class Audit:
     """How often pruning was right: trials that would have been pruned and were finished.
 
-    right: of the `finished` ones, how many were no better than what they were compared with
-    covered: how many ended within two standard deviations of the prediction
+    right: of the `finished` ones, how many were in no objective better than the trial that they
+    were compared with
+    covered: how many ended within two standard deviations of the prediction, in all objectives
     """
 
     pruned: int
@@ -31,20 +31,21 @@ class Audit:
     covered: int
 
     @classmethod
-    def of(cls, records: Sequence[Record], objective: Objective) -> Audit:
+    def of(cls, records: Sequence[Record], objectives: Sequence[Objective]) -> Audit:
         """Read the reasons that were stored with pruned and audited trials."""
-        sign = 1.0 if objective.direction == "minimize" else -1.0
-        told = [(r, found) for r in records if (found := _AUDITED.match(r.reason or ""))]
+        signs = direction_signs(objectives)
         ends = [
-            (r.value, *(float(found[name]) for name in ("mean", "sd", "best")))
-            for r, found in told
-            if r.state is State.COMPLETE and r.value is not None
+            (np.array(record.values), *_expected(told))
+            for record in records
+            if record.state is State.COMPLETE and (told := _AUDITED.match(record.reason or ""))
         ]
         return cls(
             pruned=sum(r.state is State.PRUNED for r in records),
             finished=len(ends),
-            right=sum(sign * (value - best) >= 0 for value, _, _, best in ends),
-            covered=sum(abs(value - mean) <= 2 * sd for value, mean, sd, _ in ends),
+            right=sum(bool((signs * (values - best) >= 0).all()) for values, _, _, best in ends),
+            covered=sum(
+                bool((np.abs(values - mean) <= 2 * sd).all()) for values, mean, sd, _ in ends
+            ),
         )
 
     @property
@@ -57,27 +58,12 @@ class Audit:
         )
 
 
-_NUMBER = r"-?[\d.]+(?:e[+-]?\d+)?"
 _AUDITED = re.compile(
-    rf"audited: would be pruned at interval \d+: predicted (?P<mean>{_NUMBER}) ± (?P<sd>{_NUMBER})"
-    rf".*, best (?P<best>{_NUMBER})"
+    r"audited: would be pruned at interval \d+: predicted (?P<predicted>.+), best (?P<best>.+)"
 )
 
 
-def rank_correlation(
-    records: Sequence[Record], objective: Objective, interval: int
-) -> float | None:
-    """Spearman's correlation of completed trials' values at an interval with their final ones.
-
-    Below about 0.5, who prunes by rank at that interval prunes at random or worse. None with
-    fewer than five trials.
-    """
-    pairs = [
-        (curve[interval - 1], record.value)
-        for record in completed_trials(records)
-        if len(curve := record.curves.get(objective.key, ())) >= interval
-        and record.value is not None
-    ]
-    if len(pairs) < 5:
-        return None
-    return float(spearmanr(np.array(pairs)).statistic)
+def _expected(told: re.Match[str]) -> tuple[Array, Array, Array]:
+    """What was predicted, its sd, and what it was compared with: one value per objective."""
+    mean, sd = zip(*(pair.split(" ± ") for pair in told["predicted"].split(", ")), strict=True)
+    return np.array(mean, float), np.array(sd, float), np.array(told["best"].split(", "), float)

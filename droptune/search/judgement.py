@@ -65,32 +65,35 @@ class Pruner(Protocol):
 
 @dataclass(frozen=True)
 class NoPruning:
-    """Prunes nothing; what diverges still fails. `keys` are the objectives'."""
+    """Prunes nothing; what diverges still fails. `keys` are the objectives'; see `divergence`."""
 
     keys: tuple[str, ...]
+    chance: float | None = None
     note: str = ""
 
     def judge(self, records: Sequence[Record], ids: set[int]) -> Judgement:
-        return Judgement(failed=failures(records, ids, self.keys))
+        return Judgement(failed=failures(records, ids, self.keys, self.chance))
 
 
 def completed_trials(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if r.state is State.COMPLETE and r.training.kind.is_trial]
 
 
-def failures(records: Sequence[Record], ids: set[int], keys: Sequence[str]) -> dict[int, str]:
+def failures(
+    records: Sequence[Record], ids: set[int], keys: Sequence[str], chance: float | None = None
+) -> dict[int, str]:
     """Which of the trainings have failed by what they measured, and why (see `divergence`)."""
     judged = (record for record in records if record.training.id in ids)
-    return {r.training.id: why for r in judged if (why := divergence(r, keys)) is not None}
+    return {r.training.id: why for r in judged if (why := divergence(r, keys, chance)) is not None}
 
 
 def divergence(record: Record, keys: Sequence[str], chance: float | None = None) -> str | None:
     """Why this training has failed, or None.
 
     It has where an objective (`keys`) or the training loss is not finite, or that loss is ten
-    times as high as `chance` (by default: as after its first interval). A high validation loss is
-    no failure: that of an overfitting model may rise far above chance. Nor is another metric that
-    is not finite: it may be undefined early.
+    times as high as `chance`, an untrained model's (where unknown: as after its first interval).
+    A high validation loss is no failure: that of an overfitting model may rise far above chance.
+    Nor is another metric that is not finite: it may be undefined early.
     """
     for key in ("train/loss", *keys):
         curve = record.curves.get(key, ())
@@ -99,5 +102,8 @@ def divergence(record: Record, keys: Sequence[str], chance: float | None = None)
     losses = record.curves.get("train/loss", ())
     level = chance if chance is not None else (losses[0] if losses else 0.0)
     if losses and level > 0 and losses[-1] > 10 * level:
-        return f"diverged: train/loss {losses[-1]:.4g} at interval {len(losses)}, from {level:.4g}"
+        least = "untrained" if chance is not None else "at first"
+        return (
+            f"diverged: train/loss {losses[-1]:.4g} at interval {len(losses)}, {level:.4g} {least}"
+        )
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,12 +65,18 @@ class OptunaPruning:
     """
 
     def __init__(
-        self, name: str, options: Mapping[str, Any], objective: Objective, intervals: int
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        objective: Objective,
+        intervals: int,
+        chance: float | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         known = OPTUNA[name]
         options = {**known.presets(intervals), **options}
-        self._key = objective.key
+        self._key, self._chance = objective.key, chance
+        _try(name, options)
         self._study = optuna.create_study(
             study_name=name, direction=objective.direction, pruner=_make(name, options)
         )
@@ -87,7 +94,7 @@ class OptunaPruning:
         )
 
     def judge(self, records: Sequence[Record], ids: set[int]) -> Judgement:
-        failed = failures(records, ids, (self._key,))
+        failed = failures(records, ids, (self._key,), self._chance)
         trials = [r for r in records if r.training.kind.is_trial]
         trials.sort(key=lambda r: (not r.state.finished, r.training.number or 0))
         told = {r.training.id for r in trials if self._follow(r) and r.training.id in ids}
@@ -127,6 +134,23 @@ def _make(name: str, options: Mapping[str, Any]) -> optuna.pruners.BasePruner:
     for option in set(options) - known:
         raise SpecError(f"pruner {name} has no option {option!r}{nearest(option, known)}")
     try:
-        return make(**options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return make(**options)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"pruner {name}: {error}") from error
+        raise _refused(name, options, error) from error
+
+
+def _try(name: str, options: Mapping[str, Any]) -> None:
+    """Ask it once: some look at their options only then."""
+    trial = optuna.create_study(study_name=name, pruner=_make(name, options)).ask()
+    trial.report(0.0, 1)
+    try:
+        trial.should_prune()
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise _refused(name, options, error) from error
+
+
+def _refused(name: str, options: Mapping[str, Any], error: Exception) -> SpecError:
+    given = "".join(f", {key} {value!r}" for key, value in options.items())
+    return SpecError(f"pruner {name}{given}: {error}")

@@ -58,11 +58,12 @@ class Process:
     """
 
     LINEAR, LENGTH, NOISE = (
-        grid.ravel() for grid in np.meshgrid((0.25, 1.0, 4.0), (1.0, 2.0), (0.02, 0.1))
+        grid.ravel() for grid in np.meshgrid((0.25, 1.0, 4.0), (1.0, 2.0), (0.02, 0.1, 0.3, 1.0))
     )
 
     def __init__(self, x: Array, y: Array) -> None:
         self._center, self._scale = x.mean(0), np.maximum(x.std(0), 1e-12)
+        self._columns = max(1, int((self._scale > 1e-12).sum()))  # those that vary
         self._mean, self._spread = float(y.mean()), max(float(y.std()), 1e-12)
         self._x, target = self._standard(x), (y - self._mean) / self._spread
         kernels = self._kernel(self._x, slice(None))
@@ -82,7 +83,7 @@ class Process:
     def _kernel(self, x: Array, at: slice | int) -> Array:
         """Covariance without noise of x with the training points: [grid of `at`, m, n]."""
         linear, length = (n[at, ..., None, None] for n in (self.LINEAR, self.LENGTH))
-        product, columns = x @ self._x.T, x.shape[1]
+        product, columns = x @ self._x.T, self._columns
         distance = (x**2).sum(1)[:, None] + (self._x**2).sum(1) - 2 * product
         curved = np.exp(-np.maximum(distance, 0) / columns / (2 * length**2))
         return np.asarray(1 + linear * product / columns + curved)
@@ -91,7 +92,7 @@ class Process:
         """Mean and standard deviation [m] of y at x [m, columns], noise included or not."""
         x, at = self._standard(x), self._chosen
         cross = self._kernel(x, at)
-        prior = 2 + self.LINEAR[at] * (x**2).mean(1) + self.NOISE[at] * noise
+        prior = 2 + self.LINEAR[at] * (x**2).sum(1) / self._columns + self.NOISE[at] * noise
         variance = prior - np.einsum("ij,jk,ik->i", cross, self._inverse, cross)
         sd = np.sqrt(np.maximum(variance, 1e-12)) * self._inflation
         return self._mean + self._spread * (cross @ self._weights), self._spread * sd
@@ -124,6 +125,15 @@ class Warp:
         return self.best + self.scale * np.sinh(mean), self.scale * np.cosh(mean) * sd
 
 
+def jumps(curves: Array) -> float:
+    """How far curves [n, intervals] lie from a straight line over their last third: the median of
+    their standard deviations."""
+    tail = curves[:, -max(4, curves.shape[1] // 3) :]
+    time = np.linspace(-1, 1, tail.shape[1])
+    level = tail - tail.mean(1, keepdims=True)
+    return float(np.median((level - np.outer(level @ time / (time @ time), time)).std(1)))
+
+
 def shape(curves: Array) -> Array:
     """What curves [n, intervals] have shown [n, 3]: level now, change since half-way, lowest."""
     interval = curves.shape[1]
@@ -138,12 +148,14 @@ class Prediction:
     """Final values in one objective: mean and sd [n] in warped units.
 
     error: of leaving one out, as a share of the final values' standard deviation
+    jumps: how far values jump from interval to interval, where the objective is `counted`
     """
 
     warp: Warp
     mean: Array
     sd: Array
     error: float
+    jumps: float = 0.0
 
 
 def predict(
@@ -151,19 +163,23 @@ def predict(
     asked: Sequence[Trace],
     interval: int,
     takes: Sequence[str],
+    counted: Sequence[bool] = (),
     *,
     pilots: int = PILOTS,
     seen: int = SEEN,
 ) -> tuple[Prediction, ...] | None:
     """Final values of `asked`, seen up to `interval`: one Prediction per objective.
 
-    takes: "last" or "best" per objective. None where the completed are too few or all alike.
+    takes: "last" or "best" per objective; counted: whether it counts right and wrong, so that its
+    values jump from interval to interval. None where the completed are too few or all alike.
     """
-    teachers = _teachers([c for c in completed if c.intervals >= interval], seen)
-    if len(teachers) < pilots or not asked:
+    able = [c for c in completed if c.intervals >= interval]
+    if len(able) < pilots or not asked:
         return None
+    teachers = _teachers(able, seen)
     points, reached = np.stack([c.point for c in teachers]), _reached(teachers)
     asked_points = np.stack([c.point for c in asked])
+    shortest = min(c.intervals for c in teachers)
     made = []
     for objective, take in enumerate(takes):
         warp = Warp.of(_reached(completed)[:, objective])
@@ -179,7 +195,9 @@ def predict(
         if take == "best":
             mean = np.minimum(mean, asked_shown[:, 2])  # what it has reached, it keeps
         error = process.error / max(float(y.std()), 1e-12)
-        made.append(Prediction(warp, mean, np.maximum(sd, process.error), error))
+        whole = np.stack([c.curves[objective, :shortest] for c in teachers])
+        jumping = jumps(warp(whole)) if any(counted[objective : objective + 1]) else 0.0
+        made.append(Prediction(warp, mean, np.maximum(sd, process.error), error, jumping))
     return tuple(made)
 
 
@@ -240,10 +258,12 @@ def traces(
     objectives: Sequence[Objective],
     intervals: int,
     audited: Callable[[Record], bool] = lambda _: False,
+    among: Sequence[Record] = (),
 ) -> list[Trace]:
-    """The records that can be compared, on common columns."""
+    """The records that can be compared, on columns that all of these and `among` have in common."""
     known = [r for r in records if r.training.assignment is not None]
-    rows = points([r.training.assignment for r in known if r.training.assignment is not None])
+    told = (r.training.assignment for r in (*known, *among))
+    rows = points([assignment for assignment in told if assignment is not None])[: len(known)]
     made = (
         _trace(record, row, objectives, intervals, audited(record))
         for record, row in zip(known, rows, strict=True)

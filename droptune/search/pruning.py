@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import Field
 from scipy.stats import t as student
 
 from droptune.errors import SpecError, nearest
@@ -46,6 +47,7 @@ from droptune.search.prediction import (
     spread_over_ranks,
     traces,
 )
+from droptune.spec.document import Strict, checked
 from droptune.training import Assignment, Record, derive_seed
 
 if TYPE_CHECKING:
@@ -66,10 +68,13 @@ __all__ = [
 ]
 
 LEAST_INTERVALS = 8
+COUNTED = ("accuracy", "error", "precision", "recall", "f1")  # metrics that count right and wrong
+TIE = 0.5  # of such a metric's jumps from interval to interval: a lead of less is none
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
-class Rules:
+class Rules(Strict):
     """When a training may be pruned.
 
     checkpoints: shares of the budget at which decisions are taken
@@ -80,22 +85,20 @@ class Rules:
     seen: completed trials that the prediction learns from, at most
     """
 
-    checkpoints: tuple[float, ...] = (0.1, 0.2, 0.33, 0.5)
-    pilots: int = PILOTS
-    level: float = 0.99
-    reliable: float = 0.9
-    audit: float = 0.05
-    seen: int = SEEN
+    checkpoints: tuple[Share, ...] = (0.1, 0.2, 0.33, 0.5)
+    pilots: Annotated[int, Field(ge=3)] = PILOTS
+    level: Share = 0.99
+    reliable: Annotated[float, Field(gt=0)] = 0.9
+    audit: Annotated[float, Field(ge=0, le=1)] = 0.05
+    seen: Annotated[int, Field(ge=PILOTS)] = SEEN
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Rules:
-        """From a study file's options; SpecError for an unknown one."""
-        known = [field.name for field in fields(cls)]
-        for option in options:
-            if option not in known:
-                raise SpecError(f"pruner fair has no option {option!r}{nearest(option, known)}")
-        shares = tuple(float(share) for share in options.get("checkpoints", cls.checkpoints))
-        return cls(**{**options, "checkpoints": shares})
+        """From a study file's options; SpecError for one that is unknown or cannot be."""
+        try:
+            return checked(cls, options)
+        except SpecError as error:
+            raise SpecError(f"pruner fair: {error}") from None
 
     def at(self, intervals: int) -> tuple[int, ...]:
         """The intervals at which decisions are taken; none where there are too few."""
@@ -113,8 +116,12 @@ def decide(
     intervals: int,
     takes: Sequence[str],
     rules: Rules = DEFAULT,
+    *,
+    counted: Sequence[bool] = (),
 ) -> dict[int, Decision]:
     """One decision for every running training that is at a checkpoint and can be predicted.
+
+    takes: "last" or "best" per objective; counted: whether it counts right and wrong (accuracy)
 
     With several objectives, one is pruned where some completed training is better in all of them
     than the optimistic ends of its predictions. The order of the members is without effect, and
@@ -124,7 +131,7 @@ def decide(
     for interval in rules.at(intervals):
         asked = [c for c in running if c.intervals == interval and not c.protected]
         predictions = predict(
-            completed, asked, interval, takes, pilots=rules.pilots, seen=rules.seen
+            completed, asked, interval, takes, counted, pilots=rules.pilots, seen=rules.seen
         )
         if predictions and all(p.error < rules.reliable for p in predictions):
             decisions |= _compare(completed, asked, interval, predictions, rules)
@@ -141,7 +148,7 @@ def _compare(
     factor = float(student.ppf(rules.level, min(len(completed), rules.seen) - 2))
     reached = np.stack([c.values for c in completed if c.values is not None])  # [n, objectives]
     warped = np.column_stack([p.warp(reached[:, j]) for j, p in enumerate(predictions)])
-    optimistic = np.column_stack([p.mean - factor * p.sd for p in predictions])
+    optimistic = np.column_stack([p.mean - factor * p.sd + TIE * p.jumps for p in predictions])
     ends = [p.warp.back(p.mean, p.sd) for p in predictions]
     decisions = {}
     for i, trace in enumerate(asked):
@@ -166,12 +173,13 @@ def is_audited(seed: int, number: int | None, share: float) -> bool:
 
 @dataclass(frozen=True)
 class FairPruning:
-    """`decide` on a study's records; `seed` is the study's."""
+    """`decide` on a study's records; `seed` is the study's, `chance` an untrained model's loss."""
 
     objectives: tuple[Objective, ...]
     intervals: int
     seed: int = 0
     rules: Rules = DEFAULT
+    chance: float | None = None
 
     @property
     def note(self) -> str:
@@ -183,18 +191,21 @@ class FairPruning:
         )
 
     def judge(self, records: Sequence[Record], ids: set[int]) -> Judgement:
-        failed = failures(records, ids, [objective.key for objective in self.objectives])
+        keys = [objective.key for objective in self.objectives]
+        failed = failures(records, ids, keys, self.chance)
         asked = [r for r in records if r.training.id in ids - set(failed) and self._is_due(r)]
         if not asked:
             return Judgement(failed=failed)
         completed = self._compared(completed_trials(records))
-        known = traces(completed + asked, self.objectives, self.intervals, self._is_audited)
+        among = [r for r in records if r.training.kind.is_trial]
+        known = traces(completed + asked, self.objectives, self.intervals, self._is_audited, among)
         decided = decide(
             [c for c in known if c.values is not None],
             [c for c in known if c.values is None],
             self.intervals,
             [objective.take for objective in self.objectives],
             self.rules,
+            counted=[o.metric.removeprefix("mc_") in COUNTED for o in self.objectives],
         )
         decisions = {key: self._in_own_directions(d) for key, d in decided.items()}
         pruned = frozenset(key for key, decision in decisions.items() if decision.prune)
@@ -219,21 +230,24 @@ class FairPruning:
         return replace(decision, predicted=tuple(predicted.tolist()), best=tuple(best.tolist()))
 
 
-def make_pruner(spec: StudySpec, intervals: int) -> Pruner:
+def make_pruner(spec: StudySpec, intervals: int, chance: float | None = None) -> Pruner:
     """The pruner of a study file: `fair`, `none`, or one of Optuna's by name.
+
+    chance: the training loss of an untrained model, where it is known
 
     Raises SpecError for an unknown name or option, and for Optuna's with several objectives.
     """
     name, options = spec.pruner.name, spec.pruner.options
     if name == "none":
-        return NoPruning(tuple(objective.key for objective in spec.objectives))
+        return NoPruning(tuple(objective.key for objective in spec.objectives), chance)
     if name == "fair":
-        return FairPruning(tuple(spec.objectives), intervals, spec.seed, Rules.of(options))
+        rules = Rules.of(options)
+        return FairPruning(tuple(spec.objectives), intervals, spec.seed, rules, chance)
     if name not in OPTUNA:
         raise SpecError(f"unknown pruner {name!r}{nearest(name, [*OPTUNA, 'fair', 'none'])}")
     if len(spec.objectives) > 1:
         raise SpecError(f"pruner {name} knows one objective only; use `pruner: fair` or none")
-    return OptunaPruning(name, options, spec.objectives[0], intervals)
+    return OptunaPruning(name, options, spec.objectives[0], intervals, chance)
 
 
 class FairPruner(optuna.pruners.BasePruner):
@@ -246,6 +260,7 @@ class FairPruner(optuna.pruners.BasePruner):
     rates: the parameters that are dropout rates; all others count too, positive numbers by
         their logarithm
     take: "last" where the objective returns its last report, "best" where it returns its best
+    counted: whether the objective counts right and wrong, as accuracy does
 
     Trials with the user attribute `baseline` are never pruned. It is stateless: each call reads
     the completed trials and decides for one. What only droptune's own loop can do: decide once
@@ -259,6 +274,7 @@ class FairPruner(optuna.pruners.BasePruner):
         rates: Sequence[str] = (),
         *,
         take: str = "last",
+        counted: bool = False,
         rules: Rules = DEFAULT,
     ) -> None:
         if n_steps < LEAST_INTERVALS:
@@ -266,6 +282,7 @@ class FairPruner(optuna.pruners.BasePruner):
         if take not in ("last", "best"):
             raise ValueError(f"take={take!r}: possible are 'last' and 'best'")
         self._n_steps, self._rates, self._take, self._rules = n_steps, set(rates), take, rules
+        self._counted = counted
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether this trial ends here."""
@@ -283,6 +300,7 @@ class FairPruner(optuna.pruners.BasePruner):
             self._n_steps,
             [self._take],
             self._rules,
+            counted=[self._counted],
         )
         return any(decision.prune for decision in decisions.values())
 

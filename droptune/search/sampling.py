@@ -25,10 +25,11 @@ from droptune.spec.objective import Objective
 from droptune.spec.spec import StudySpec
 from droptune.training import Assignment, Record, State, derive_seed
 
-SEEN = 1000  # finished trials that a sampler learns from, at most
+SEEN = 1000  # finished trials that a sampler learns from, about
+SEEN_BY_GP = 200  # its cost is cubic in them
 PER_PARAMETER = 2  # trials of the first wave for each parameter
 FIRST_WAVE = (6, 16)  # at least and at most so many
-GP_FINISHED, GP_ASKED = 200, 8  # `auto` is gp up to so many finished and new trials, then tpe
+GP_ASKED = 8  # `auto` is gp up to so many new trials, and SEEN_BY_GP finished ones, then tpe
 
 OPTUNA: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
@@ -79,14 +80,39 @@ class Proposer:
 
     def _check(self) -> None:
         if self._name in OPTUNA:
-            self._sampler(self._name, 0)
+            self._try()
         known = CMAES_OPTIONS if self._name == "cmaes" else ()
         unknown = sorted(set(self._options) - set(known)) if self._name not in OPTUNA else []
         if unknown:
             possible = f"possible: {', '.join(known)}" if known else "it has none"
             raise SpecError(f"sampler {self._name} has no option {unknown[0]!r} ({possible})")
-        if self._name == "cmaes" and len(self._spec.objectives) > 1:
+        if self._name != "cmaes":
+            return
+        if len(self._spec.objectives) > 1:
             raise SpecError("sampler cmaes knows one objective only; use tpe, gp, random or qmc")
+        try:
+            self._strategy([])
+        except (AssertionError, TypeError, ValueError) as error:
+            raise self._refused(error) from error
+
+    def _try(self) -> None:
+        """Ask it once with one trial to learn from: some look at their options only then."""
+        memory = _Memory(self._spec.objectives)
+        middle = from_unit(self._kinds, np.full(len(self._kinds), 0.5))
+        values, kinds = [0.0] * len(self._spec.objectives), dict(self._kinds)
+        memory.learn(
+            {0: optuna.trial.create_trial(params=middle, distributions=kinds, values=values)}
+        )
+        with memory.running([]) as study:
+            study.sampler = self._sampler(self._name, 0)
+            try:
+                study.ask(kinds)
+            except (TypeError, ValueError) as error:
+                raise self._refused(error) from error
+
+    def _refused(self, error: Exception) -> SpecError:
+        given = "".join(f", {key} {value!r}" for key, value in self._options.items())
+        return SpecError(f"sampler {self._name}{given}: {error}")
 
     def _seed(self, *parts: str | int) -> int:
         return derive_seed(self._spec.seed, *parts) % 2**32
@@ -106,17 +132,21 @@ class Proposer:
             and r.training.assignment is not None
             and r.training.number not in numbers
         ]
-        finished = self._bounded([r for r in trials if r.state.finished])
+        finished = [r for r in trials if r.state in (State.COMPLETE, State.PRUNED)]
         if self._name == "cmaes":
-            return self._evolved(finished, numbers)
+            return self._evolved(self._chosen(finished, SEEN), numbers)
         running = [r for r in trials if r.state is State.RUNNING]
         return self._asked(finished, running, numbers)
 
-    @staticmethod
-    def _bounded(finished: list[Record]) -> list[Record]:
-        """The latest, at most SEEN."""
-        finished.sort(key=lambda r: r.training.number or 0)
-        return [r for r in finished if r.state is not State.FAIL][-SEEN:]
+    def _chosen(self, finished: Sequence[Record], most: int) -> list[Record]:
+        """At most so many, by number: half of them the latest, the others the best before those."""
+        ordered = sorted(finished, key=lambda r: r.training.number or 0)
+        before, latest = ordered[: -most // 2], ordered[-most // 2 :]
+        if len(ordered) > most:
+            sign = float(direction_signs(self._spec.objectives)[0])
+            before.sort(key=lambda r: np.inf if r.value is None else sign * r.value)
+            before = before[: most - len(latest)]
+        return sorted([*before, *latest], key=lambda r: r.training.number or 0)
 
     # -- Optuna's samplers --------------------------------------------------------------------
 
@@ -125,7 +155,9 @@ class Proposer:
     ) -> dict[int, dict[str, Any]]:
         name = self._learner(len(finished), len(numbers))
         memory = self._memories.get(name)
-        if memory is None or memory.is_full:
+        most = SEEN_BY_GP if name == "gp" else SEEN
+        finished = self._chosen(finished, most)
+        if memory is None or memory.size > 2 * most:
             memory = self._memories[name] = _Memory(self._spec.objectives)
         new = [r for r in finished if r.training.id not in memory.known]
         expected = self._expected(finished) if name == "gp" else {}
@@ -140,14 +172,14 @@ class Proposer:
     def _learner(self, finished: int, asked: int) -> str:
         if self._name != "auto":
             return self._name
-        return "gp" if finished <= GP_FINISHED and asked <= GP_ASKED else "tpe"
+        return "gp" if finished <= SEEN_BY_GP and asked <= GP_ASKED else "tpe"
 
     def _sampler(self, name: str, seed: int) -> optuna.samplers.BaseSampler:
         options = {**PRESETS.get(name, {}), **self._options}
         try:
             return OPTUNA[name](seed=seed, **options)
         except (TypeError, ValueError) as error:
-            raise SpecError(f"sampler {name}: {error}") from error
+            raise self._refused(error) from error
 
     def _expected(self, finished: Sequence[Record]) -> dict[int, tuple[float, ...]]:
         longest = max((r.intervals_done for r in finished), default=0)
@@ -219,8 +251,8 @@ class _Memory:
         self.known: set[int] = set()
 
     @property
-    def is_full(self) -> bool:
-        return len(self._study.get_trials(deepcopy=False)) > 2 * SEEN
+    def size(self) -> int:
+        return len(self._study.get_trials(deepcopy=False))
 
     def learn(self, trials: Mapping[int, FrozenTrial]) -> None:
         self._study.add_trials(trials.values())

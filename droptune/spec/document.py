@@ -166,6 +166,7 @@ def _own_words(message: str) -> str:
     if message.startswith("Value error, "):
         return message.removeprefix("Value error, ")
     kinds = re.sub(r"a dictionary or an instance of \w+", "keys and values", message)
+    kinds = kinds.replace("a valid tuple", "a list")
     return kinds[:1].lower() + kinds[1:]
 
 

@@ -25,6 +25,7 @@ def hints(evidence: Evidence, plan: Plan, compared: Sequence[Comparison]) -> tup
     """What limits this study, most important first; empty where nothing does."""
     return (
         *_not_confirmed(plan),
+        *_first_of_several(evidence),
         *_validation_too_small(evidence),
         *_metric_cannot_tell(evidence, plan, compared),
         *_too_few_seeds(evidence, compared),
@@ -41,6 +42,15 @@ def _not_confirmed(plan: Plan) -> Iterator[str]:
         yield f"confirmation is not finished: {plan.reason}"
     elif plan.winner is None:
         yield f"nothing was confirmed: {plan.reason}"
+
+
+def _first_of_several(evidence: Evidence) -> Iterator[str]:
+    first, *others = (metric_name(objective.metric) for objective in evidence.spec.objectives)
+    if others:
+        yield (
+            f"the verdict is about {first}, the first objective: what it costs in "
+            f"{' and '.join(others)} is for you to weigh, on the Pareto front"
+        )
 
 
 def _primary(compared: Sequence[Comparison]) -> Comparison | None:

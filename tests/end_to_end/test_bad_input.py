@@ -115,6 +115,9 @@ def test_model_without_a_site_says_how_to_insert_one(create, project):
         ("sampler: tpee", ("tpee", "tpe")),
         ("insert: [{after: layers.1, kind: elemnt}]", ("elemnt", "element")),
         ("pruner: fare", ("fare", "fair")),
+        ("pruner: {name: fair, checkpoints: 0.5}", ("pruner fair", "checkpoints", "0.5")),
+        ("pruner: {name: median, warmup: 3}", ("pruner median", "warmup")),
+        ("sampler: {name: tpe, startup: 3}", ("sampler tpe", "startup")),
         ("objective: {metric: accurracy}", ("accurracy", "accuracy")),
         ("space: {batch_size: [16, 32]}", ("batch_size", "shapes")),
     ],
@@ -122,6 +125,14 @@ def test_model_without_a_site_says_how_to_insert_one(create, project):
 def test_faults_of_the_study_file_name_the_key(create, project, line, words):
     (project / "study.yaml").write_text(f"{STUDY}{line}\n")
     refused(create(), *words, left=FILES, folder=project)
+
+
+def test_what_a_budget_is_too_small_for_is_spoken_of(create, project):
+    (project / "study.yaml").write_text(f"{STUDY}epochs: 1\nobjective: [nll, accuracy]\n")
+    said = create().stdout
+    assert "trains 1 epoch where the program says 2" in said
+    assert "the baselines alone are 15 trials, which leaves none of the budget of 4" in said
+    assert "the verdict are about nll, the first" in said
 
 
 def test_nan_in_the_data(create, project):

@@ -1,14 +1,17 @@
 """What `study best` says before and after confirmation, from a tiny study that was trained."""
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
 from crew import PROGRAM, make_study, train_here
+from rich.console import Console
 
 from droptune import answer
 from droptune.cli import panel
 from droptune.errors import DroptuneError
+from droptune.report.report import html, markdown, text
 from droptune.storage import Storage
 from droptune.study import Study
 from droptune.training import State
@@ -82,3 +85,21 @@ def test_a_pruned_training_says_how_far_it_got_and_when_that_was_decided(study):
     line = panel.event(study, ended)
     assert line.startswith(f"{record.training.name}: pruned, 4 of 4 intervals, lr ")
     assert "decided at interval 2: predicted 0.29" in line
+
+
+def test_several_objectives_have_a_front_and_the_verdict_names_its_own(tmp_path):
+    storage = Storage.open(f"sqlite:///{tmp_path}/droptune.db", create=True)
+    study = make_study(storage, tmp_path, objective="[nll, accuracy]", baselines="{trials: 2}")
+    train_here(study, tmp_path)
+    study = Study.open(storage, study.name)
+    said, found = answer.text(study), answer.to_json(study)["front"]
+    assert "the verdict is about NLL, the first objective" in said
+    assert "Pareto front of val/nll and val/accuracy" in said
+    assert found[0]["trial"] == study.progress().best.training.number
+    values = [(one["values"]["val/nll"], one["values"]["val/accuracy"]) for one in found]
+    assert values == sorted(values)
+    console = Console(width=100, file=io.StringIO())
+    console.print(panel.panel(study))
+    assert "Pareto front of val/nll and val/accuracy:" in console.file.getvalue()
+    for write in (html, markdown, text):
+        assert "several objectives" in write(study.evidence(), study.judge()).lower()

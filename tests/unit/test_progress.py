@@ -5,7 +5,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from droptune.export import write
-from droptune.progress import best, measure
+from droptune.progress import best, front, measure
+from droptune.spec.objective import Objective
 from droptune.training import Assignment, Record, Seeds, State, Training, TrainingKind
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -80,3 +81,17 @@ def test_an_export_is_json_where_values_are_not_finite(tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text(), parse_constant=refuse)
     assert [row["val/nll"] for row in rows] == [1.0, None]
     assert [row["train/loss"] for row in rows] == [None, 2.0]
+
+
+def test_the_front_holds_what_no_other_trial_betters():
+    objectives = (Objective("nll"), Objective("accuracy"))
+    ends = [(0.5, 0.8), (0.4, 0.7), (0.6, 0.9), (0.5, 0.75), (0.4, 0.7), (0.9, float("nan"))]
+    records = [
+        replace(record(i, State.COMPLETE, 1.0), values=values) for i, values in enumerate(ends)
+    ]
+    other = replace(records[0].training, kind=TrainingKind.CONFIRMATION)
+    records += [
+        record(6, State.PRUNED),
+        replace(record(7, State.COMPLETE, 1.0), training=other, values=(0.1, 0.99)),
+    ]
+    assert front(records, objectives) == [records[1], records[0], records[2]]

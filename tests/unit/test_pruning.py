@@ -12,8 +12,7 @@ import optuna
 import pytest
 
 from droptune.errors import SpecError
-from droptune.search.audit import Audit, rank_correlation
-from droptune.search.judgement import divergence
+from droptune.search.audit import Audit
 from droptune.search.posterior import robust_best
 from droptune.search.prediction import Process, Trace, Warp, expected_values, points
 from droptune.search.pruning import (
@@ -109,6 +108,27 @@ def test_neither_order_nor_neighbours_change_a_decision():
         assert alone.predicted == pytest.approx(whole[one.key].predicted)
 
 
+def test_neighbours_of_a_kind_that_never_completed_change_nothing():
+    def scheduled(i, done, word):
+        made = record(
+            i, *GRID[i], CURVES[i, :done], State.COMPLETE if done == INTERVALS else State.RUNNING
+        )
+        values = {"schedule": word}
+        assignment = replace(made.training.assignment, values=values)
+        return replace(made, training=replace(made.training, assignment=assignment))
+
+    completed = [scheduled(i, INTERVALS, "constant") for i in TEACHERS]
+    constant = scheduled(OTHERS[0], 20, "constant")
+    early = scheduled(OTHERS[1], 20, "early")
+    judge = FairPruning((NLL,), INTERVALS, rules=RULES).judge
+    alone = judge([*completed, constant], {constant.training.id}).decisions
+    both = judge([*completed, constant, early], {constant.training.id, early.training.id})
+    one = constant.training.id
+    assert both.decisions[one].predicted == pytest.approx(alone[one].predicted)
+    assert both.decisions[one].sd == pytest.approx(alone[one].sd)
+    assert early.training.id not in both.pruned  # nobody knows what early does
+
+
 def test_nothing_is_decided_before_there_are_pilots_or_off_checkpoints():
     few = [trace(i) for i in TEACHERS[: RULES.pilots - 1]]
     assert decide(few, [trace(1, 8)], INTERVALS, ["last"], RULES) == {}
@@ -154,6 +174,21 @@ def test_an_overfitting_training_lives_on_its_past_only_where_best_counts():
     assert not by_best[past].prune
     assert by_best[past].predicted[0] <= CURVES[past, :20].min() + 1e-9
     assert by_last[past].prune == bool(CURVES[past, -1] > CURVES[teachers, -1].min() + 0.1)
+
+
+def test_what_counts_right_and_wrong_is_not_kept_for_its_luck():
+    shaky = CURVES + 0.12 * np.random.default_rng(2).normal(size=CURVES.shape)
+
+    def noisy(i, done=INTERVALS):
+        values = np.array([shaky[i, -1]]) if done == INTERVALS else None
+        return Trace(i, shaky[None, i, :done], POINTS[i], values)
+
+    completed, running = [noisy(i) for i in TEACHERS], [noisy(i, 8) for i in OTHERS]
+    pruned = []
+    for counted in (False, True):
+        decisions = decide(completed, running, INTERVALS, ["last"], RULES, counted=[counted])
+        pruned.append({i for i, decision in decisions.items() if decision.prune})
+    assert pruned[0] < pruned[1]
 
 
 def test_with_two_objectives_only_the_dominated_are_pruned():
@@ -308,11 +343,22 @@ def test_the_audit_is_a_seeded_share_and_is_read_back():
         record(i, *GRID[i], CURVES[i], State.COMPLETE, reason=judged.reasons.get(100 + i))
         for i in running
     ]
-    audit = Audit.of(ended, NLL)
+    audit = Audit.of(ended, [NLL])
     assert audit.finished == len(judged.reasons) > 3
     assert audit.right == audit.finished
     assert audit.covered > 0.6 * audit.finished
     assert "would have been right for" in audit.sentence
+
+
+def test_an_audit_of_two_objectives_is_right_where_both_are_no_better():
+    told = "audited: would be pruned at interval 4: predicted 0.9 ± 0.1, 0.5 ± 0.02, best 0.5, 0.6"
+    ends = [(0.95, 0.51), (0.4, 0.51), (0.95, 0.7), (0.5, 0.6)]
+    records = [
+        replace(record(i, 0.1, 1e-3, [1.0], State.COMPLETE, reason=told), values=values)
+        for i, values in enumerate(ends)
+    ]
+    audit = Audit.of(records, [NLL, Objective("accuracy")])
+    assert (audit.finished, audit.right, audit.covered) == (4, 2, 1)
 
 
 def test_pruned_trials_get_expected_values_for_samplers_that_need_them():
@@ -341,12 +387,6 @@ def test_the_robust_best_is_not_the_luckiest():
     assert robust_best(records[:4], NLL) is None
 
 
-def test_early_ranks_are_measured():
-    records = study_records([], 0, range(27))
-    assert rank_correlation(records, NLL, 4) < 0 < rank_correlation(records, NLL, 35)
-    assert rank_correlation(records[:3], NLL, 4) is None
-
-
 # -- what diverges ----------------------------------------------------------------------------
 
 
@@ -366,7 +406,15 @@ def test_divergence_is_told_and_overfitting_is_not(curves, told):
         failed = pruner.judge([made], {100}).failed
         assert (told or "") in failed.get(100, "")
         assert (100 in failed) == (told is not None)
-    assert divergence(replace(made, curves={"train/loss": (30.0,)}), (), chance=2.3)
+
+
+@pytest.mark.parametrize("name", ["fair", "none", "median"])
+def test_what_an_untrained_model_loses_is_the_measure_where_it_is_known(name):
+    pruner = make_pruner(spec(name), INTERVALS, chance=2.3)
+    at_once, spiking = ((30.0,), (0.01, 0.4))
+    for losses, fails in ((at_once, True), (spiking, False)):
+        made = replace(record(0, 0.1, 1e-3, [1.0]), curves={"train/loss": losses})
+        assert bool(pruner.judge([made], {100}).failed) == fails
 
 
 # -- by name ----------------------------------------------------------------------------------
@@ -414,7 +462,11 @@ def test_a_late_warm_up_is_not_warned_about():
     [
         (spec("median", warmup=3), "no option 'warmup'"),
         (spec("fair", pilot=3), "did you mean 'pilots'"),
+        (spec("fair", checkpoints=0.5), "pruner fair: checkpoints"),
+        (spec("fair", level=99), "pruner fair: level"),
+        (spec("fair", pilots="some"), "pruner fair: pilots"),
         (spec("percentile", percentile=200.0), "pruner percentile"),
+        (spec("hyperband", min_resource=0), "pruner hyperband, .*min_resource 0"),
         (spec("sha", objectives=(NLL, Objective("accuracy"))), "one objective"),
     ],
 )
@@ -451,6 +503,24 @@ def test_fair_pruner_in_an_optuna_study_keeps_the_best():
     states = [t.state for t in study.trials]
     assert states.count(optuna.trial.TrialState.PRUNED) >= 5
     assert study.best_value == pytest.approx(CURVES[BEST, -1])
+
+
+def test_fair_pruner_reads_trials_that_reported_longer():
+    study = optuna.create_study()
+    kinds = {"p": optuna.distributions.FloatDistribution(0, 0.9)}
+    for i in TEACHERS:
+        curve = [*CURVES[i], *[CURVES[i, -1]] * (i % 3)]
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={"p": GRID[i][0]}, distributions=kinds, value=CURVES[i, -1],
+                intermediate_values=dict(enumerate(curve)),
+            )
+        )  # fmt: skip
+    running = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.RUNNING, params={"p": 0.0}, distributions=kinds,
+        intermediate_values=dict(enumerate(CURVES[1, :20])),
+    )  # fmt: skip
+    assert FairPruner(n_steps=INTERVALS, rates=["p"]).prune(study, running)
 
 
 def test_fair_pruner_refuses_what_it_cannot_use():

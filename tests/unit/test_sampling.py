@@ -156,7 +156,9 @@ def test_two_objectives(name):
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("tpe", {"startup": 3}, "sampler tpe"),
+        ("tpe", {"startup": 3}, "sampler tpe, startup 3"),
+        ("tpe", {"n_startup_trials": "ten"}, "sampler tpe, n_startup_trials 'ten'"),
+        ("cmaes", {"popsize": "many"}, "sampler cmaes, popsize 'many'"),
         ("cmaes", {"sigma": 3}, "no option 'sigma'"),
         ("qmc", {"x": 3}, "no option 'x'"),
     ],
@@ -187,3 +189,14 @@ def test_the_unit_cube_and_back():
     assert params["lr"] == pytest.approx(1e-3)
     assert params["schedule"] == "up"
     assert to_unit(kinds, params) == pytest.approx([0.3, 0.8, 0.5, 0.75])
+
+
+def test_what_a_sampler_sees_is_bounded_and_holds_the_best():
+    asking = proposer("gp")
+    records = history(60)
+    best = min(records[:30], key=lambda r: r.value)
+    seen = asking._chosen(records[::-1], 20)
+    assert len(seen) == 20
+    assert best in seen
+    assert seen[-10:] == records[-10:]
+    assert asking._chosen(records[:20], 20) == records[:20]
