@@ -173,9 +173,12 @@ def _measure(recipe: Recipe, make: Callable[[Recipe, int], Trainer], width: int)
 
 
 def _timed(trainer: Trainer) -> float:
-    started = time.perf_counter()
+    one_thread = trainer.recipe.device.type == "cpu" and torch.get_num_threads() == 1
+    # what else runs on the core says nothing about a width
+    clock = time.process_time if one_thread else time.perf_counter
+    started = clock()
     trainer.train_interval()  # ends with measurements on the host: nothing is left running
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _trainings(recipe: Recipe, width: int) -> Sequence[Training]:

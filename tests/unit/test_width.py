@@ -39,7 +39,7 @@ class Paced:
     """A real trainer on a clock of its own: `seconds(width)` for each interval."""
 
     def __init__(self, recipe, wide, seconds, clock):
-        self._trainer = trainer_of(recipe, wide)
+        self.recipe, self._trainer = recipe, trainer_of(recipe, wide)
         self._seconds, self._clock = seconds(wide), clock
 
     def fill(self, index, training):
@@ -50,11 +50,16 @@ class Paced:
         return self._trainer.train_interval()
 
 
+def set_clocks(monkeypatch, clock):
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(width.time, name, lambda: clock[0])
+
+
 @pytest.fixture
 def measured(recipe, monkeypatch):
     """`choose_width` where an interval takes what a function of the width says."""
     clock = [0.0]
-    monkeypatch.setattr(width.time, "perf_counter", lambda: clock[0])
+    set_clocks(monkeypatch, clock)
 
     def choose(seconds, **more):
         make = lambda recipe, wide: Paced(recipe, wide, seconds, clock)  # noqa: E731
@@ -157,7 +162,7 @@ def test_a_group_reads_streamed_data_once(monkeypatch, reading, width):
         test=False, batch_size=8, epochs=2, lr=1e-3,
     )  # fmt: skip
     recipe = Recipe(program, find_program_sites(program).sites, Objective("nll"))
-    monkeypatch.setattr("droptune.trainers.width.time.perf_counter", lambda: clock[0])
+    set_clocks(monkeypatch, clock)
     slower_fused = lambda k: 1e-2 * k * (1.0 if k == 1 else 1.3)  # noqa: E731
     choice = choose_width(
         recipe, lambda recipe, wide: Paced(recipe, wide, slower_fused, clock), most=16
