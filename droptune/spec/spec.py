@@ -180,13 +180,17 @@ AutoCount = Literal["auto"] | Count
 
 @dataclass(frozen=True)
 class TrainingSpec(Strict):
-    """How a training is run; `width` and `threads` belong to a worker, results do not change.
+    """How a training is run; `width`, `memory` and `threads` belong to a worker, results do not
+    change.
 
+    memory: GiB that a group of width `auto` may take (None: 85 % of what a GPU has free, a quarter
+        of what the host has)
     mc_passes: forward passes with dropout on in each evaluation (Monte-Carlo dropout), 0: none
     """
 
     trainer: Literal["auto", "solo", "fused"] = "auto"
     width: AutoCount = "auto"
+    memory: Positive | None = None
     precision: Literal["float32", "float64", "bf16"] = "float32"
     clip: Positive | None = None
     accumulate: Count = 1

@@ -357,7 +357,9 @@ def _best_width(recipe: Recipe, study: Studied) -> int:
     known = study.storage.recall_width(device, code)
     if known is not None:
         return WidthChoice.from_json(known).width
-    choice = choose_width(recipe, trainer_of, most=most)
+    gib = study.spec.training.memory
+    memory = None if gib is None else int(gib * 2**30)
+    choice = choose_width(recipe, trainer_of, most=most, memory=memory)
     study.storage.remember_width(device, code, choice.to_json())
     log.info("width %d is the fastest here (%s)", choice.width, choice.ended)
     return choice.width
@@ -387,5 +389,6 @@ def _code(recipe: Recipe, study: Studied, most: int) -> str:
         "precision": recipe.precision,
         "accumulate": recipe.accumulate,
         "most": most,
+        "memory": study.spec.training.memory,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -190,9 +190,10 @@ class Storage:
         return self.kept.get((device, fingerprint))
 
 
-def studied(trainer="fused", wide="auto", trials=60):
+def studied(trainer="fused", wide="auto", trials=60, **training):
+    training["width"] = wide
     spec = StudySpec.parse(
-        {"name": "x", "program": "x.py", "training": {"width": wide}, "budget": {"trials": trials}}
+        {"name": "x", "program": "x.py", "training": training, "budget": {"trials": trials}}
     )
     row = SimpleNamespace(meta={"trainer": trainer, "fingerprint": {"x.py": "1"}})
     return SimpleNamespace(spec=spec, row=row, storage=Storage())
@@ -206,6 +207,24 @@ def test_a_worker_measures_once_and_remembers(recipe, monkeypatch):
     assert kept["width"] == first.width
     monkeypatch.setattr("droptune.trainers.fused.choose_width", None)
     assert make_trainer(recipe, study).width == first.width
+
+
+def test_a_group_keeps_within_the_memory_that_the_study_file_gives(recipe, monkeypatch):
+    taken = []
+    monkeypatch.setattr(width, "used_memory", lambda device, reset=False: sum(taken))
+    made = width._trainings
+
+    def trainings(recipe, wide):
+        taken.append(wide * 2**20)
+        return made(recipe, wide)
+
+    monkeypatch.setattr(width, "_trainings", trainings)
+    monkeypatch.setattr(width, "SECONDS", math.inf)
+    study = studied(memory=5 / 1024)
+    make_trainer(recipe, study)
+    (kept,) = study.storage.kept.values()
+    assert {tried["width"] for tried in kept["tried"]} <= {1, 2, 4}
+    assert "would need more than" in kept["ended"]
 
 
 def test_what_was_asked_for_is_not_measured(recipe):
