@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -214,11 +213,15 @@ def child(
         epoch()
         epochs += 1
     elapsed = time.perf_counter() - started
+    results.put((epochs * width / elapsed, width, peak_memory(device) / 2**20))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process held at most; `ru_maxrss` would be its parent's, if that is more."""
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_reserved(device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    results.put((epochs * width / elapsed, width, memory / 2**20))
+        return torch.cuda.max_memory_reserved(device)
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
 
 
 def measure(case: str, plan: Plan, options: argparse.Namespace) -> Row:

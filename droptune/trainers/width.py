@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +26,8 @@ from droptune.training import Assignment, Seeds, Training
 
 WIDTHS = (1, 4, 16, 64, 256)
 UPDATES = 4  # in a measured interval
-REPEATS = 3
+REPEATS = 3, 20  # of it, at least and at most; between them until ENOUGH seconds were measured
+ENOUGH = 0.3
 SECONDS = 20.0  # after which no further width is tried
 GAIN = 0.95  # a wider group must take less than this share of the time of the best so far
 
@@ -127,7 +129,7 @@ class _Measured:
             self.ended = f"width {last.width} was slower"
         elif last.memory * width / last.width > self._memory:
             self.ended = f"width {width} would need more than {self._memory / 2**30:.1f} GiB"
-        elif self._elapsed + (1 + REPEATS) * UPDATES * width * last.seconds > SECONDS:
+        elif self._elapsed + (1 + REPEATS[0]) * UPDATES * width * last.seconds > SECONDS:
             self.ended = f"measuring more would take longer than {SECONDS:.0f} s"
         else:
             return True
@@ -167,9 +169,12 @@ def _measure(recipe: Recipe, make: Callable[[Recipe, int], Trainer], width: int)
     trainer = make(recipe, width)
     for index, training in enumerate(_trainings(recipe, width)):
         trainer.fill(index, training)
-    seconds = [_timed(trainer) for _ in range(1 + REPEATS)]
+    _timed(trainer)  # the first time fills caches
+    seconds: list[float] = []
+    while len(seconds) < REPEATS[0] or (sum(seconds) < ENOUGH and len(seconds) < REPEATS[1]):
+        seconds.append(_timed(trainer))
     memory = max(used_memory(recipe.device) - before, 1)
-    return Tried(width, min(seconds[1:]) / width / UPDATES, memory)
+    return Tried(width, statistics.median(seconds) / width / UPDATES, memory)
 
 
 def _timed(trainer: Trainer) -> float:
