@@ -403,6 +403,14 @@ class StudySpec(Strict):
         return math.ceil(epochs * batches / updates)
 
     @property
+    def full_trials(self) -> int | None:
+        """How many trials the budget has where each is trained to its end; None: not counted."""
+        limits = [] if self.budget.trials is None else [self.budget.trials]
+        if self.budget.epochs is not None and self.epochs is not None:
+            limits.append(self.budget.epochs // self.epochs)
+        return min(limits, default=None)
+
+    @property
     def experiment(self) -> str:
         """The MLflow experiment's name."""
         return self.mlflow.experiment or f"droptune/{self.name}"

@@ -131,7 +131,8 @@ def test_what_a_budget_is_too_small_for_is_spoken_of(create, project):
     (project / "study.yaml").write_text(f"{STUDY}epochs: 1\nobjective: [nll, accuracy]\n")
     said = create().stdout
     assert "trains 1 epoch where the program says 2" in said
-    assert "the baselines alone are 15 trials, which leaves none of the budget of 4" in said
+    assert "the baselines alone are 15 trials, of which the budget has only the first 4" in said
+    assert "cost: up to 4 trials of 1 interval to search" in said
     assert "the verdict are about nll, the first" in said
 
 

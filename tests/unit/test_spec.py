@@ -277,6 +277,20 @@ def test_intervals(given, of_program, examples, expected):
     assert spec(**given).intervals(program(**of_program), examples) == expected
 
 
+@pytest.mark.parametrize(
+    ("budget", "trials"),
+    [
+        ({}, 60),
+        ({"epochs": 45}, 2),
+        ({"epochs": 19}, 0),
+        ({"epochs": 45, "trials": 1}, 1),
+        ({"device_hours": 1}, None),
+    ],
+)
+def test_full_trials_of_a_budget(budget, trials):
+    assert spec(epochs=20, budget=budget).full_trials == trials
+
+
 def test_changes_and_what_may_change():
     one = spec()
     other = spec(seed=3, budget={"trials": 9}, space={"rates": {"a": {"high": 0.5}}})
