@@ -18,7 +18,7 @@ from droptune.program.program import Program, default_values, load_program
 from droptune.program.source import fingerprint
 from droptune.search.pruning import make_pruner
 from droptune.search.sampling import FIRST_WAVE, Proposer
-from droptune.sites.installed import find_program_sites
+from droptune.sites.installed import find_or_insert_sites, find_program_sites
 from droptune.sites.site import Discovery, Site
 from droptune.space.space import Space
 from droptune.spec.spec import StudySpec
@@ -121,10 +121,9 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
         )
     discovery = find_program_sites(program, spec.insert)
     if not discovery.sites:
-        raise SiteError(
-            f"{spec.program}: no dropout acts in this model; add sites in the study file, e.g. "
-            "insert: [{after: ReLU, kind: element}]"
-        )
+        line = find_or_insert_sites(program)[1]
+        how = f"add sites in the study file: {line}" if line else "put nn.Dropout(0.0) into it"
+        raise SiteError(f"{spec.program}: no dropout acts in this model; {how}")
     space = Space.of(discovery.sites, spec, program)
     splits = program.splits(0)
     if spec.confirm.splits != "same" and "validation" not in splits.made:

@@ -63,7 +63,8 @@ def show(discovery: Discovery, groups: dict[str, list[str]]) -> None:
         print(
             "no dropout acts in this model: add sites in the study file, for example\n"
             "  insert: [{after: ReLU, kind: element}]\n"
-            "where `after` is the type of a module or a glob on its path (`encoder.*.act`)"
+            "where `after` is the type of a module or a glob on its path (`encoder.*.act`); for a\n"
+            "program, `droptune study init` writes a file with such a line"
         )
     for item in discovery.untunable:
         print(f"not tunable: {item.module or 'model'}: {item.operation} ({item.reason})")

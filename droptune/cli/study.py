@@ -46,11 +46,14 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
-    """Write a study file for PROGRAM, filled with its sites and the author's rates."""
+    """Write a study file for PROGRAM, filled with its sites and the author's rates.
+
+    Where PROGRAM has no dropout, the file inserts some after its activations.
+    """
     from droptune.errors import SpecError
     from droptune.program.program import load_program
     from droptune.program.source import project_root
-    from droptune.sites.installed import find_program_sites
+    from droptune.sites.installed import find_or_insert_sites
     from droptune.space.template import study_file
 
     path = output or Path(program.partition(":")[0]).with_suffix(".yaml")
@@ -58,11 +61,12 @@ def init(
         raise SpecError(f"{path} exists; give another file with -o, or replace it with --force")
     loaded = load_program(program, project_root(Path.cwd()))
     loaded.check()
-    sites = find_program_sites(loaded).sites
-    text = study_file(program, path, loaded, sites)
+    sites, insert = find_or_insert_sites(loaded)
+    text = study_file(program, path, loaded, sites, insert)
     with writing(path):
         path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}: {counted(len(sites), 'site')}")
+    added = ", inserted: the model has no dropout of its own" if insert else ""
+    print(f"wrote {path}: {counted(len(sites), 'site')}{added}")
     print(f"next: {command('study', 'run', str(path))}")
 
 

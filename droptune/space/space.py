@@ -250,8 +250,8 @@ class Space:
 def _check_sites(sites: Sequence[Site]) -> None:
     if not sites:
         raise SiteError(
-            "the model has no dropout site: add some with `insert:` in the study file, for "
-            'example [{after: "*.act", kind: element}], or put nn.Dropout(0.0) into the model'
+            "the model has no dropout site: add some with `insert:` in the study file, or put "
+            "nn.Dropout(0.0) into the model"
         )
     for site in sites:
         if not 0 <= site.rate < 1:

@@ -101,9 +101,14 @@ def test_file_that_trains_when_imported_is_not_run(create, project):
     refused(create(), "droptune.classification", left=FILES, folder=project)
 
 
-def test_model_without_a_site_says_how_to_insert_one(create, project):
+def test_model_without_a_site_says_how_to_insert_one(create, droptune, project):
     (project / "model.py").write_text(MODEL.format(dropout="", poison=""))
-    refused(create(), "insert:", left=FILES, folder=project)
+    line = 'insert: [{after: "ReLU", kind: element}]'
+    refused(create(), line, left=FILES, folder=project)
+    wrote = droptune("study", "init", "model.py", "-o", "study.yaml", "--force", cwd=project)
+    assert "1 site, inserted" in wrote.stdout, wrote.stderr
+    assert f"\n{line}  # " in (project / "study.yaml").read_text()
+    assert "layers.1.inserted-element: 0 to 0.8" in create().stdout
 
 
 @pytest.mark.parametrize(
