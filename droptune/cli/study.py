@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from droptune.cli.options import (
     StorageOption,
     command,
     config,
-    console,
+    display,
     open_storage,
     open_study,
     print_json,
@@ -186,7 +187,7 @@ def list_(json: JsonOption = False, storage: StorageOption = None) -> None:
         best = f"{s.best:.5g}" if s.best is not None else ""
         created = f"{s.created.astimezone():%Y-%m-%d %H:%M}"
         table.add_row(s.name, state, _trials(s), str(s.running), best, created)
-    console().print(table)
+    display(table)
 
 
 def _trials(summary: StudySummary) -> str:
@@ -218,7 +219,7 @@ def show(
     if watch:
         panel.watch(study, lambda: study.phase() in ("done", "stopped"), seconds=1.0)
         return
-    console().print(panel.panel(study))
+    display(panel.panel(study, piped=not sys.stdout.isatty()))
     for line in _news(study):
         print(line)
     if study.phase() in ("done", "stopped"):
