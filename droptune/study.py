@@ -49,14 +49,16 @@ class Study:
     # -- creating and opening -----------------------------------------------------------------
 
     @classmethod
-    def create(cls, storage: Storage, prepared: Prepared) -> tuple[Study, bool]:
-        """Create the study in SQL, or continue the one of that name; True where it is new.
+    def create(cls, storage: Storage, prepared: Prepared) -> tuple[Study, StudySpec | None]:
+        """Create the study in SQL, or continue the one of that name; also what that one was (None
+        where it is new).
 
         Raises StudyChangedError where the stored study differs in more than its free keys.
         """
         spec, space = prepared.spec, prepared.space
         if any(summary.name == spec.name for summary in storage.studies()):
-            return cls.open(storage, spec.name)._continued(prepared), False
+            before = cls.open(storage, spec.name)
+            return before._continued(prepared), before.spec
         queue = prepared.baselines
         row = storage.create_study(
             spec.name,
@@ -70,7 +72,7 @@ class Study:
             params=[space.stored(new.assignment) for new in queue],
             budget=_budget(spec, prepared.intervals),
         )
-        return cls(storage, row), True
+        return cls(storage, row), None
 
     @classmethod
     def open(cls, storage: Storage, name: str) -> Study:

@@ -82,8 +82,8 @@ def schema() -> None:
 @app.command()
 def create(file: FileArgument, name: RenameOption = None, storage: StorageOption = None) -> None:
     """Create the study in SQL; print its predicted cost and the next command."""
-    study, prepared, created = _create(file, name, storage)
-    introduce(study, prepared, created)
+    study, prepared, before = _create(file, name, storage)
+    introduce(study, prepared, before)
     project = () if prepared.root == config().root else ("--project", str(prepared.root))
     print(f"next: {_worker(study.name, storage, *project)}")
 
@@ -94,7 +94,7 @@ def _worker(name: str, storage: str | None, *options: str) -> str:
 
 def _create(
     file: Path, name: str | None, url: str | None, *, confirm: bool | None = None
-) -> tuple[Study, Prepared, bool]:
+) -> tuple[Study, Prepared, StudySpec | None]:
     from droptune.preparation import prepare
     from droptune.study import Study
 
@@ -102,8 +102,8 @@ def _create(
     if confirm is not None:
         spec = replace(spec, confirm=replace(spec.confirm, enabled=confirm))
     prepared = prepare(spec, root)
-    study, created = Study.create(open_storage(url, create=True), prepared)
-    return study, prepared, created
+    study, before = Study.create(open_storage(url, create=True), prepared)
+    return study, prepared, before
 
 
 def _load(file: Path, name: str | None) -> tuple[StudySpec, Path]:
@@ -114,9 +114,12 @@ def _load(file: Path, name: str | None) -> tuple[StudySpec, Path]:
     return (spec.renamed(name) if name else spec), project_root(file.resolve())
 
 
-def introduce(study: Study, prepared: Prepared, created: bool) -> None:
-    """Say what the study is and what it will cost."""
-    print(f"study {study.name!r} {'created' if created else 'continued'}: {prepared.describe()}")
+def introduce(study: Study, prepared: Prepared, before: StudySpec | None) -> None:
+    """Say what the study is, what has changed where it is continued, and what it will cost."""
+    done = "created" if before is None else "continued"
+    print(f"study {study.name!r} {done}: {prepared.describe()}")
+    if before is not None and (changed := before.describe_changes(study.spec)):
+        print(f"  changed: {changed}")
     for line in [*prepared.notes(), *prepared.space.describe()]:
         print(f"  {line}")
     if study.pruner.note:
@@ -164,8 +167,8 @@ def run(
     """Create or continue the study, train it here, confirm, and report."""
     from droptune.cli.running import run_here
 
-    study, prepared, created = _create(file, name, storage, confirm=confirm)
-    introduce(study, prepared, created)
+    study, prepared, before = _create(file, name, storage, confirm=confirm)
+    introduce(study, prepared, before)
     run_here(study, prepared.root, storage=storage, device=device, workers=workers, width=width)
 
 

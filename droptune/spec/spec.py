@@ -430,6 +430,14 @@ class StudySpec(Strict):
         keys = [*mine, *(key for key in others if key not in mine)]
         return tuple(key for key in keys if mine.get(key, missing) != others.get(key, missing))
 
+    def describe_changes(self, other: StudySpec) -> str:
+        """`budget.trials 60 → 9`, for each key in which another spec differs."""
+        mine, others = _flat(self.to_json()), _flat(other.to_json())
+        return ", ".join(
+            f"{key} {_word(mine.get(key))} → {_word(others.get(key))}"
+            for key in self.changes(other)
+        )
+
     @staticmethod
     def is_free(key: str) -> bool:
         """Whether a study may go on although this key has changed."""
@@ -476,6 +484,10 @@ def _from_root(program: str, file: Path) -> str:
             "move it there, or put a droptune.toml into the folder above both"
         )
     return f"{path.relative_to(root).as_posix()}{colon}{name}"
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else f"{value}"
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

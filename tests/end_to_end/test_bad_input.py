@@ -161,6 +161,13 @@ def test_unknown_study_names_the_near_ones(create, droptune, project):
     refused(result, "'stduy'", "'study'", left=left, folder=project)
 
 
+def test_a_continued_study_says_what_has_changed(create, project):
+    assert "changed" not in create().stdout
+    assert "changed" not in create().stdout
+    (project / "study.yaml").write_text(STUDY.replace("trials: 4", "trials: 9"))
+    assert "  changed: budget.trials 4 → 9\n" in create().stdout
+
+
 def test_changed_study_file_names_the_keys_and_another_name(create, project):
     assert create().returncode == 0
     left = {path.name for path in project.iterdir() if path.name != "__pycache__"}
