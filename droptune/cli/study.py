@@ -95,13 +95,18 @@ def _worker(name: str, storage: str | None, *options: str) -> str:
 def _create(
     file: Path, name: str | None, url: str | None, *, confirm: bool | None = None
 ) -> tuple[Study, Prepared, StudySpec | None]:
+    from droptune.errors import SpecError
     from droptune.preparation import prepare
+    from droptune.spec.document import Document
     from droptune.study import Study
 
     spec, root = _load(file, name)
     if confirm is not None:
         spec = replace(spec, confirm=replace(spec.confirm, enabled=confirm))
-    prepared = prepare(spec, root)
+    try:
+        prepared = prepare(spec, root)
+    except SpecError as error:
+        raise Document.read(file).located(error) from error
     study, before = Study.create(open_storage(url, create=True), prepared)
     return study, prepared, before
 

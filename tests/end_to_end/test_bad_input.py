@@ -124,6 +124,8 @@ def test_model_without_a_site_says_how_to_insert_one(create, droptune, project):
         ("pruner: {name: median, warmup: 3}", ("pruner median", "warmup")),
         ("sampler: {name: tpe, startup: 3}", ("sampler tpe", "startup")),
         ("objective: {metric: accurracy}", ("accurracy", "accuracy")),
+        ("space: {rates: {'2': {high: 0.5}}}", ("study.yaml:4: space.rates: '2' names no site",)),
+        ("pruner: {name: median, warmup: 3}", ("study.yaml:4: pruner median",)),
         ("space: {batch_size: [16, 32]}", ("batch_size", "shapes")),
     ],
 )
