@@ -251,8 +251,9 @@ _NAME = r"^\w[\w.\-]*$"
 
 def _name(given: str) -> str:
     if not re.match(_NAME, given):
+        shown = f"'{given}'" if given.isprintable() else repr(given)
         raise ValueError(
-            f"{given!r} may hold letters, digits, _ . and -, and starts with no . or -"
+            f"{shown}: a name may hold letters, digits, _ . and -, and starts with no . or -"
         )
     return given
 
