@@ -26,6 +26,7 @@ $(VENV)/.venv:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "installing droptune and what it needs into $(VENV), once: some minutes, mostly for torch"
 	$(PIP) --editable .
 	@touch $@
 

@@ -19,6 +19,7 @@ A message is one line: what was given, what was possible, what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -78,10 +79,21 @@ class WorkRemainsError(DroptuneError):
     exit_code = 75
 
 
+SHORT = 4  # letters; two words that short are alike by chance
+
+
 def nearest(given: str, choices: Iterable[str]) -> str:
-    """A hint for a misspelt word: " (did you mean 'x'?)", or all choices where none is close."""
-    known = sorted(choices)
-    close = difflib.get_close_matches(given, known, n=3, cutoff=0.6)
+    """A hint for a misspelt word: " (did you mean 'x'?)", or all choices where none is close.
+
+    What files have in common, `.py` or `.yaml`, makes none of them close.
+    """
+    known = {_without_suffix(word): word for word in sorted(choices)}
+    bare = _without_suffix(given)
+    close = difflib.get_close_matches(bare, known, n=3, cutoff=0.7 if len(bare) <= SHORT else 0.6)
     if close:
-        return f" (did you mean {' or '.join(repr(word) for word in close)}?)"
-    return f" (possible: {', '.join(known)})" if known else ""
+        return f" (did you mean {' or '.join(repr(known[word]) for word in close)}?)"
+    return f" (possible: {', '.join(known.values())})" if known else ""
+
+
+def _without_suffix(word: str) -> str:
+    return re.sub(r"\.(py|ya?ml)$", "", word)

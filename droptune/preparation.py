@@ -17,14 +17,15 @@ from droptune.program.data import Streamed
 from droptune.program.program import Program, default_values, load_program
 from droptune.program.source import fingerprint
 from droptune.search.pruning import make_pruner
-from droptune.search.sampling import Proposer
-from droptune.sites.installed import find_program_sites
+from droptune.search.sampling import FIRST_WAVE, Proposer
+from droptune.sites.installed import find_or_insert_sites, find_program_sites
 from droptune.sites.site import Discovery, Site
 from droptune.space.space import Space
 from droptune.spec.spec import StudySpec
 from droptune.trainers.fusibility import fusible
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.resumption import what_is_lost
+from droptune.training import NewTraining
 from droptune.verdict.wording import counted
 
 _HOW = {"fused": "several trials as one program", "solo": "one trial after another"}
@@ -46,6 +47,11 @@ class Prepared:
     def sites(self) -> tuple[Site, ...]:
         return self.discovery.sites
 
+    @property
+    def baselines(self) -> list[NewTraining]:
+        """The baselines that the budget has trials for, each at its first learning rate first."""
+        return self.space.baselines(self.spec.baselines)[: self.spec.full_trials]
+
     def describe(self) -> str:
         """Sites, rates and how they will train, in one line."""
         sites, rates = counted(len(self.sites), "site"), counted(len(self.space.rates), "rate")
@@ -56,7 +62,7 @@ class Prepared:
     def notes(self) -> list[str]:
         """What the user should know before spending anything."""
         notes = [f"warning: {warning}" for warning in self.discovery.warnings]
-        notes += [*self._shorter(), *self._nothing_to_search(), *self._several()]
+        notes += [*self._shorter(), *self._little_to_search(), *self._several()]
         notes += [
             f"not tunable: {u.module or 'model'}: {u.operation} ({u.reason})"
             for u in self.discovery.untunable
@@ -77,15 +83,18 @@ class Prepared:
                 f"dropout; search with `epochs: {meant}`, or train {epochs} in the end, too"
             )
 
-    def _nothing_to_search(self) -> Iterator[str]:
-        """That the baselines, which are trained in any case, use up the budget."""
-        trials, baselines = self.spec.budget.trials, len(self.space.baselines(self.spec.baselines))
-        if trials is not None and trials <= baselines:
-            yield (
-                f"warning: the baselines alone are {counted(baselines, 'trial')}, which leaves "
-                f"none of the budget of {trials} to search: raise budget.trials, or lower "
-                "baselines.trials (learning rates for each)"
-            )
+    def _little_to_search(self) -> Iterator[str]:
+        """That the baselines, which come first, leave next to nothing of the budget."""
+        budget, wanted = self.spec.full_trials, len(self.space.baselines(self.spec.baselines))
+        if budget is None or budget - wanted >= FIRST_WAVE[0]:
+            return
+        left = f"which leaves {budget - wanted or 'none'} of the budget of {budget} to search"
+        if budget < wanted:
+            left = f"of which the budget has only the first {budget}: nothing is searched"
+        yield (
+            f"warning: the baselines alone are {counted(wanted, 'trial')}, {left}; raise the "
+            "budget, or lower baselines.trials (learning rates for each)"
+        )
 
     def _several(self) -> Iterator[str]:
         """Which of several objectives the verdict is about."""
@@ -105,12 +114,16 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
     program = load_program(spec.program, root)
     program.check()
     spec = spec.resolved(program)
+    if spec.full_trials == 0:
+        raise SpecError(
+            f"budget.epochs: {spec.budget.epochs} is less than one training of {spec.epochs} "
+            "epochs: raise it"
+        )
     discovery = find_program_sites(program, spec.insert)
     if not discovery.sites:
-        raise SiteError(
-            f"{spec.program}: no dropout acts in this model; add sites in the study file, e.g. "
-            "insert: [{after: ReLU, kind: element}]"
-        )
+        line = find_or_insert_sites(program)[1]
+        how = f"add sites in the study file: {line}" if line else "put nn.Dropout(0.0) into it"
+        raise SiteError(f"{spec.program}: no dropout acts in this model; {how}")
     space = Space.of(discovery.sites, spec, program)
     splits = program.splits(0)
     if spec.confirm.splits != "same" and "validation" not in splits.made:

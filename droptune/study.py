@@ -49,15 +49,17 @@ class Study:
     # -- creating and opening -----------------------------------------------------------------
 
     @classmethod
-    def create(cls, storage: Storage, prepared: Prepared) -> tuple[Study, bool]:
-        """Create the study in SQL, or continue the one of that name; True where it is new.
+    def create(cls, storage: Storage, prepared: Prepared) -> tuple[Study, StudySpec | None]:
+        """Create the study in SQL, or continue the one of that name; also what that one was (None
+        where it is new).
 
         Raises StudyChangedError where the stored study differs in more than its free keys.
         """
         spec, space = prepared.spec, prepared.space
         if any(summary.name == spec.name for summary in storage.studies()):
-            return cls.open(storage, spec.name)._continued(prepared), False
-        queue = space.baselines(spec.baselines)
+            before = cls.open(storage, spec.name)
+            return before._continued(prepared), before.spec
+        queue = prepared.baselines
         row = storage.create_study(
             spec.name,
             spec=spec.to_json(),
@@ -70,7 +72,7 @@ class Study:
             params=[space.stored(new.assignment) for new in queue],
             budget=_budget(spec, prepared.intervals),
         )
-        return cls(storage, row), True
+        return cls(storage, row), None
 
     @classmethod
     def open(cls, storage: Storage, name: str) -> Study:
@@ -87,6 +89,7 @@ class Study:
                 f"or make a new study with --name {spec.name}-2"
             )
         if spec != self.spec:
+            self._queue_further(prepared)  # before workers draw on the new budget
             reopened = "searching" if spec.budget != self.spec.budget else None
             budget = _budget(spec, self.row.intervals)
             self.storage.update_study(
@@ -95,6 +98,13 @@ class Study:
             if spec.confirm.enabled and not self.spec.confirm.enabled:
                 self.storage.update_study(self.row.id, phase="confirming", if_phase="done")
         return Study.open(self.storage, spec.name)
+
+    def _queue_further(self, prepared: Prepared) -> None:
+        """Queue the baselines for which the budget had no trials when the study was created."""
+        trials = [r for r in self.records() if r.training.kind.is_trial]
+        if queue := prepared.baselines[len(trials) :]:
+            params = [self.space.stored(new.assignment) for new in queue]
+            self.storage.enqueue(self.row.id, queue, params=params)
 
     def drift(self, fingerprint: Mapping[str, str]) -> list[str]:
         """The files whose content is not what the study was created with."""
@@ -355,7 +365,8 @@ class Study:
         """What confirming will cost at least and at most, before the search has run."""
         from droptune.verdict.confirmation import predicted_cost
 
-        baselines = len({new.label for new in self.space.baselines(self.spec.baselines)})
+        trained = self.space.baselines(self.spec.baselines)[: self.spec.full_trials]
+        baselines = len({new.label for new in trained})
         trials = self.spec.budget.trials or 0
         return predicted_cost(
             self.spec.confirm, trials=trials, baselines=baselines, intervals=self.row.intervals

@@ -37,8 +37,8 @@ def demo(
     shown = file.relative_to(Path.cwd())
     print(f"the model and its data: {shown.with_suffix('.py')}, the study file: {shown}\n")
     show(prepared.discovery, suggest_groups(prepared.sites))
-    study, created = Study.create(open_storage(storage, create=True), prepared)
-    introduce(study, prepared, created)
+    study, before = Study.create(open_storage(storage, create=True), prepared)
+    introduce(study, prepared, before)
     run_here(study, root, storage=storage, workers=workers)
     print("\nyour own model, where FILE.py holds `program = droptune.classification(model=…, …)`:")
     for words in (("sites", "FILE.py"), ("study", "init", "FILE.py")):

@@ -141,7 +141,8 @@ def _mlflow(settings: Config) -> str:
     tracking = Tracking.resolve(settings.tracking, settings.storage)
     file = tracking.database
     if file is not None and not file.exists():
-        return f"{tracking.redacted} will be made by the first study that is mirrored"
+        folder = "" if file.parent.is_dir() else f" and its folder {file.parent}"
+        return f"{tracking.redacted}{folder} will be made by the first study that is mirrored"
     if tracking.is_server:
         _ask(tracking)
     elif _is_empty(settings.storage, tracking):

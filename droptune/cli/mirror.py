@@ -58,9 +58,9 @@ def sync(
         _follow(opened, make, names or [], companion=until_input_closes)
         return
     chosen = names or [each.name for each in opened.studies() if _mirrored(opened, each.name)]
+    mirrors = {name: make(name) for name in chosen}  # a name is refused before anything is written
     results = {}
-    for name in chosen:
-        mirror = make(name)
+    for name, mirror in mirrors.items():
         results[name] = mirror.sync_once(refresh=True)
         mirror.release()
     _report(results, json=json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -16,8 +17,6 @@ import typer
 from droptune.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from droptune.spec.config import Config
     from droptune.storage import Storage
     from droptune.study import Study
@@ -63,14 +62,22 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, default=str, allow_nan=False))
 
 
-def console() -> Console:
-    """The terminal; what is piped is not cut at 80 columns."""
+def display(what: Any, piped_width: int = PIPED_WIDTH) -> None:
+    """Print a table or a panel as wide as the terminal is, or as COLUMNS says.
+
+    What is piped is not cut at 80 columns, and its lines end in no blanks.
+    """
     from rich.console import Console
 
-    made = Console()
-    if not made.is_terminal:
-        made.width = max(made.width, PIPED_WIDTH)
-    return made
+    screen = Console()
+    if screen.is_terminal:
+        screen.print(what)
+        return
+    if "COLUMNS" not in os.environ:
+        screen.width = piped_width
+    with screen.capture() as captured:
+        screen.print(what)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 @contextmanager

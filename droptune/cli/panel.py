@@ -118,18 +118,19 @@ def event(study: Study, record: Record) -> str:
     return f"{training.name}: {record.state.value.lower()}, {', '.join(words)}"
 
 
-def panel(study: Study) -> Panel:
-    """The study at this moment."""
+def panel(study: Study, *, piped: bool = False) -> Panel:
+    """The study at this moment; as wide as the terminal, or as its text where it is piped."""
     progress, phase = study.progress(), study.phase()
     rows: list[object] = [Text(" · ".join(_headline(study, progress, phase)))]
-    if phase in ("searching", "confirming"):
+    if phase in ("searching", "confirming") and not piped:
         rows.append(_bar(study, progress, phase))
     rows.append(Text(" · ".join(_counts(progress))))
     if progress.best is not None:
         rows.append(_standings(study, progress))
         rows += [Text(line) for line in _front(study)]
     title = f"{study.name} · {phase}"
-    return Panel(Group(*rows), title=title, title_align="left")  # type: ignore[arg-type]
+    body = Group(*rows)  # type: ignore[arg-type]
+    return Panel(body, title=title, title_align="left", expand=not piped)
 
 
 def _headline(study: Study, progress: Progress, phase: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from droptune.cli.options import JsonOption, console, print_json
+from droptune.cli.options import JsonOption, display, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,15 +55,13 @@ def sites(
 def show(discovery: Discovery, groups: dict[str, list[str]]) -> None:
     """Print the table of sites, then what cannot be tuned and what to beware of."""
     if discovery.sites:
-        screen = console()
-        if not screen.is_terminal:
-            screen.width = UNLIMITED
-        screen.print(_table(discovery))
+        display(_table(discovery), piped_width=UNLIMITED)
     else:
         print(
             "no dropout acts in this model: add sites in the study file, for example\n"
             "  insert: [{after: ReLU, kind: element}]\n"
-            "where `after` is the type of a module or a glob on its path (`encoder.*.act`)"
+            "where `after` is the type of a module or a glob on its path (`encoder.*.act`); for a\n"
+            "program, `droptune study init` writes a file with such a line"
         )
     for item in discovery.untunable:
         print(f"not tunable: {item.module or 'model'}: {item.operation} ({item.reason})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from droptune.cli.options import (
     StorageOption,
     command,
     config,
-    console,
+    display,
     open_storage,
     open_study,
     print_json,
@@ -46,11 +47,14 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
-    """Write a study file for PROGRAM, filled with its sites and the author's rates."""
+    """Write a study file for PROGRAM, filled with its sites and the author's rates.
+
+    Where PROGRAM has no dropout, the file inserts some after its activations.
+    """
     from droptune.errors import SpecError
     from droptune.program.program import load_program
     from droptune.program.source import project_root
-    from droptune.sites.installed import find_program_sites
+    from droptune.sites.installed import find_or_insert_sites
     from droptune.space.template import study_file
 
     path = output or Path(program.partition(":")[0]).with_suffix(".yaml")
@@ -58,11 +62,12 @@ def init(
         raise SpecError(f"{path} exists; give another file with -o, or replace it with --force")
     loaded = load_program(program, project_root(Path.cwd()))
     loaded.check()
-    sites = find_program_sites(loaded).sites
-    text = study_file(program, path, loaded, sites)
+    sites, insert = find_or_insert_sites(loaded)
+    text = study_file(program, path, loaded, sites, insert)
     with writing(path):
         path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}: {counted(len(sites), 'site')}")
+    added = ", inserted: the model has no dropout of its own" if insert else ""
+    print(f"wrote {path}: {counted(len(sites), 'site')}{added}")
     print(f"next: {command('study', 'run', str(path))}")
 
 
@@ -77,8 +82,8 @@ def schema() -> None:
 @app.command()
 def create(file: FileArgument, name: RenameOption = None, storage: StorageOption = None) -> None:
     """Create the study in SQL; print its predicted cost and the next command."""
-    study, prepared, created = _create(file, name, storage)
-    introduce(study, prepared, created)
+    study, prepared, before = _create(file, name, storage)
+    introduce(study, prepared, before)
     project = () if prepared.root == config().root else ("--project", str(prepared.root))
     print(f"next: {_worker(study.name, storage, *project)}")
 
@@ -89,16 +94,21 @@ def _worker(name: str, storage: str | None, *options: str) -> str:
 
 def _create(
     file: Path, name: str | None, url: str | None, *, confirm: bool | None = None
-) -> tuple[Study, Prepared, bool]:
+) -> tuple[Study, Prepared, StudySpec | None]:
+    from droptune.errors import SpecError
     from droptune.preparation import prepare
+    from droptune.spec.document import Document
     from droptune.study import Study
 
     spec, root = _load(file, name)
     if confirm is not None:
         spec = replace(spec, confirm=replace(spec.confirm, enabled=confirm))
-    prepared = prepare(spec, root)
-    study, created = Study.create(open_storage(url, create=True), prepared)
-    return study, prepared, created
+    try:
+        prepared = prepare(spec, root)
+    except SpecError as error:
+        raise Document.read(file).located(error) from error
+    study, before = Study.create(open_storage(url, create=True), prepared)
+    return study, prepared, before
 
 
 def _load(file: Path, name: str | None) -> tuple[StudySpec, Path]:
@@ -109,9 +119,12 @@ def _load(file: Path, name: str | None) -> tuple[StudySpec, Path]:
     return (spec.renamed(name) if name else spec), project_root(file.resolve())
 
 
-def introduce(study: Study, prepared: Prepared, created: bool) -> None:
-    """Say what the study is and what it will cost."""
-    print(f"study {study.name!r} {'created' if created else 'continued'}: {prepared.describe()}")
+def introduce(study: Study, prepared: Prepared, before: StudySpec | None) -> None:
+    """Say what the study is, what has changed where it is continued, and what it will cost."""
+    done = "created" if before is None else "continued"
+    print(f"study {study.name!r} {done}: {prepared.describe()}")
+    if before is not None and (changed := before.describe_changes(study.spec)):
+        print(f"  changed: {changed}")
     for line in [*prepared.notes(), *prepared.space.describe()]:
         print(f"  {line}")
     if study.pruner.note:
@@ -159,8 +172,8 @@ def run(
     """Create or continue the study, train it here, confirm, and report."""
     from droptune.cli.running import run_here
 
-    study, prepared, created = _create(file, name, storage, confirm=confirm)
-    introduce(study, prepared, created)
+    study, prepared, before = _create(file, name, storage, confirm=confirm)
+    introduce(study, prepared, before)
     run_here(study, prepared.root, storage=storage, device=device, workers=workers, width=width)
 
 
@@ -182,7 +195,7 @@ def list_(json: JsonOption = False, storage: StorageOption = None) -> None:
         best = f"{s.best:.5g}" if s.best is not None else ""
         created = f"{s.created.astimezone():%Y-%m-%d %H:%M}"
         table.add_row(s.name, state, _trials(s), str(s.running), best, created)
-    console().print(table)
+    display(table)
 
 
 def _trials(summary: StudySummary) -> str:
@@ -214,7 +227,7 @@ def show(
     if watch:
         panel.watch(study, lambda: study.phase() in ("done", "stopped"), seconds=1.0)
         return
-    console().print(panel.panel(study))
+    display(panel.panel(study, piped=not sys.stdout.isatty()))
     for line in _news(study):
         print(line)
     if study.phase() in ("done", "stopped"):

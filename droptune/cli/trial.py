@@ -15,7 +15,7 @@ from droptune.cli.options import (
     ProjectOption,
     StorageOption,
     config,
-    console,
+    display,
     open_study,
     print_json,
 )
@@ -43,7 +43,7 @@ def show(
         return
     for line in _lines(study, record):
         print(line)
-    console().print(_curve_table(record, [objective.key for objective in study.objectives]))
+    display(_curve_table(record, [objective.key for objective in study.objectives]))
 
 
 def _lines(study: Study, record: Record) -> Iterator[str]:

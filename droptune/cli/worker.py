@@ -18,7 +18,7 @@ from droptune.cli.options import (
     StorageOption,
     command,
     config,
-    console,
+    display,
     open_storage,
     print_json,
 )
@@ -163,7 +163,7 @@ def list_(json: JsonOption = False, storage: StorageOption = None) -> None:
         table.add_row(str(w.id), w.host, str(w.pid), w.device, name, w.state, _trains(w), beat)
     for job in jobs:
         table.add_row("", "", "", "", job.name, SUBMITTED, job.study, "")
-    console().print(table)
+    display(table)
 
 
 def _submitted(storage: Storage) -> list[Job]:

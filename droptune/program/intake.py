@@ -191,11 +191,11 @@ def _check_finite(leaf: Tensor, where: str) -> None:
     if not leaf.is_floating_point():
         return
     bad = ~torch.isfinite(leaf)
-    if bool(bad.any()):
+    if count := int(bad.sum()):
         row = int(bad.reshape(len(leaf), -1).any(-1).nonzero()[0])
         raise ProgramError(
-            f"{where} holds {int(bad.sum())} NaN or infinite values (first in row {row}): "
-            "remove or fill them before tuning"
+            f"{where} holds {count} NaN or infinite value{'s' if count > 1 else ''} "
+            f"(first in row {row}): remove or fill them before tuning"
         )
 
 

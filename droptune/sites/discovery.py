@@ -23,7 +23,7 @@ from droptune.sites.attributes import with_attributes
 from droptune.sites.configuration import config_fields
 from droptune.sites.dropout import KINDS
 from droptune.sites.flow import Flow
-from droptune.sites.insertion import insertions
+from droptune.sites.insertion import insertions, suggested_insertions, written
 from droptune.sites.masks import Noise
 from droptune.sites.modules import calls_eagerly, module_paths, recognised_modules
 from droptune.sites.randomness import (
@@ -320,12 +320,24 @@ def find_program_sites(program: Program, insert: Sequence[Any] = ()) -> Discover
     from droptune.program.program import default_values
 
     values = default_values(program.searched)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the same weights whenever it is asked
-        model = program.model()
     return find_sites(
-        model,
+        _first_model(program),
         program.example_batch(),
         forward=lambda model, batch: program.loss(model, batch, values),
         insert=insert,
     )
+
+
+def find_or_insert_sites(program: Program) -> tuple[tuple[Site, ...], str]:
+    """The program's sites; where it has none, those that a line of the study file inserts, and
+    that line ("" where it has some, or where no place for them is known)."""
+    found = find_program_sites(program).sites
+    rules = [] if found else suggested_insertions(module_paths(_first_model(program)))
+    return (find_program_sites(program, rules).sites, written(rules)) if rules else (found, "")
+
+
+def _first_model(program: Program) -> nn.Module:
+    """A model with the same weights whenever it is asked."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return program.model()

@@ -11,6 +11,36 @@ from torch import nn
 from droptune.errors import SiteError, nearest
 from droptune.sites.dropout import KINDS
 
+# Activations that make a gate or an output of what they are given: dropout follows the others.
+_GATES = (
+    *(nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.MultiheadAttention),
+    *(nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax),
+)
+_LAYERS = tuple(f"torch.nn.modules.{name}" for name in ("linear", "conv", "rnn"))
+
+
+def suggested_insertions(paths: Mapping[nn.Module, str]) -> list[dict[str, str]]:
+    """Rules for a model without dropout: after its activations, by their types.
+
+    Where those are calls in its code, after each layer but the last: dropout in front of a
+    rectifier does what it does behind it.
+    """
+    places = [type(module).__name__ for module in paths if _is_activation(module)]
+    if not places:
+        layers = [path for m, path in paths.items() if path and type(m).__module__ in _LAYERS]
+        places = layers[:-1]
+    return [{"after": place, "kind": "element"} for place in dict.fromkeys(places)]
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, _GATES)
+
+
+def written(rules: Iterable[Mapping[str, str]]) -> str:
+    """Rules as a line of the study file."""
+    each = (f'{{after: "{rule["after"]}", kind: {rule["kind"]}}}' for rule in rules)
+    return f"insert: [{', '.join(each)}]"
+
 
 def insertions(
     paths: Mapping[nn.Module, str], rules: Iterable[Any]

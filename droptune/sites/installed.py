@@ -17,7 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from droptune.errors import SiteError, nearest
 from droptune.sites.checkpointed import Replay, replaying
-from droptune.sites.discovery import find_program_sites, find_sites
+from droptune.sites.discovery import find_or_insert_sites, find_program_sites, find_sites
 from droptune.sites.dropout import KINDS
 from droptune.sites.insertion import insertions
 from droptune.sites.masks import (
@@ -44,6 +44,7 @@ __all__ = [
     "Untunable",
     "apply_rates",
     "derive_keys",
+    "find_or_insert_sites",
     "find_program_sites",
     "find_sites",
     "install",

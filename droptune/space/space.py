@@ -181,8 +181,9 @@ class Space:
         """The trainings of the baselines, each with `wanted.trials` learning rates.
 
         The rates lie evenly on the log scale over the searched range, the nearest of them
-        replaced by the author's, which comes first; other values start in the middle of their
-        ranges and then fill them evenly (Halton). The schedule is constant.
+        replaced by the author's, which comes first (the middle one where the author's lies
+        outside): every baseline has its first before any has a second. Other values start in the
+        middle of their ranges and then fill them evenly (Halton). The schedule is constant.
         """
         lrs = self._lr_grid(wanted.trials)
         return [
@@ -197,10 +198,10 @@ class Space:
         inside = self.lr.low <= self.author_lr <= self.lr.high
         steps = [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
         grid = [float(self.lr.clamped(self.lr.at(step))) for step in steps]
+        first = grid[count // 2]
         if inside:
-            closest = min(grid, key=lambda lr: max(lr / self.author_lr, self.author_lr / lr))
-            grid = [self.author_lr, *(lr for lr in grid if lr != closest)]
-        return grid
+            first = min(grid, key=lambda lr: max(lr / self.author_lr, self.author_lr / lr))
+        return [self.author_lr if inside else first, *(lr for lr in grid if lr != first)]
 
     def _others(self, index: int) -> dict[str, Value]:
         values: dict[str, Value] = {}
@@ -249,8 +250,8 @@ class Space:
 def _check_sites(sites: Sequence[Site]) -> None:
     if not sites:
         raise SiteError(
-            "the model has no dropout site: add some with `insert:` in the study file, for "
-            'example [{after: "*.act", kind: element}], or put nn.Dropout(0.0) into the model'
+            "the model has no dropout site: add some with `insert:` in the study file, or put "
+            "nn.Dropout(0.0) into the model"
         )
     for site in sites:
         if not 0 <= site.rate < 1:

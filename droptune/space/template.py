@@ -71,8 +71,7 @@ space:
   # schedule: [constant, up, early, late]  # of the rates over the training
   # fixed: {{some.site: 0.1}}  # not searched
 
-# Sites to try where the model has none, at rate 0 to begin with:
-# insert: [{{after: "*.act", kind: element}}]  # channel, block, path, variational
+{insert}  # channel, block, path, variational
 
 # Each baseline (no dropout, 0.5, the author's rates) is searched at so many learning rates:
 baselines: {{trials: 5, none: true, half: true, author: true}}
@@ -81,12 +80,24 @@ baselines: {{trials: 5, none: true, half: true, author: true}}
 confirm: {{top: 3, min_seeds: 3, max_seeds: 10, share: 0.3333}}
 """
 
+_NOTHING_INSERTED = """\
+# Sites to try where the model has none, at rate 0 to begin with, after modules of a type or of a
+# path (encoder.*.act):
+# insert: [{after: ReLU, kind: element}]"""
+_INSERT = """\
+# The model has no dropout of its own: these sites are added at rate 0, after modules of a type or
+# of a path.
+{line}"""
 
-def study_file(reference: str, path: Path, program: Introduced, sites: Sequence[Site]) -> str:
+
+def study_file(
+    reference: str, path: Path, program: Introduced, sites: Sequence[Site], insert: str = ""
+) -> str:
     """The text of a study file at `path` for a program, named as on the command line.
 
     It says what the defaults would do: every site's range and the author's rate, the suggested
-    groups with the list of their sites. Raises SiteError where the model has no site.
+    groups with the list of their sites, and the line `insert` that adds these sites to a model
+    which has none of its own. Raises SiteError where there is no site.
     """
     written = _beside(reference, path)
     plain = {"name": "study", "program": written}
@@ -102,6 +113,7 @@ def study_file(reference: str, path: Path, program: Introduced, sites: Sequence[
         several=_several(spec.objectives[0].metric, program.metric_names),
         epochs=program.epochs,
         rates="\n".join(f"  {line}" for line in _rate_lines(sites, space)),
+        insert=_INSERT.format(line=insert) if insert else _NOTHING_INSERTED,
         lr=program.lr,
         lr_low=space.lr.low,
         lr_high=space.lr.high,

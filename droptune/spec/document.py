@@ -93,6 +93,13 @@ class Document:
                 return f"{self.path}:{self.lines[place[:end]]}"
         return str(self.path)
 
+    def located(self, error: SpecError) -> SpecError:
+        """The error with the line of what its text begins with, as `space.rates: 'fc1' …` does."""
+        found = re.match(r"([\w.]*)(?:: '([^']+)')?", str(error))
+        assert found is not None
+        place = (*found[1].split("."), *filter(None, [found[2]]))
+        return SpecError(f"{self.at(place)}: {error}")
+
 
 def _lines(node: yaml.Node | None, place: Place) -> Iterator[tuple[Place, int]]:
     if isinstance(node, yaml.MappingNode):

@@ -251,8 +251,9 @@ _NAME = r"^\w[\w.\-]*$"
 
 def _name(given: str) -> str:
     if not re.match(_NAME, given):
+        shown = f"'{given}'" if given.isprintable() else repr(given)
         raise ValueError(
-            f"{given!r} may hold letters, digits, _ . and -, and starts with no . or -"
+            f"{shown}: a name may hold letters, digits, _ . and -, and starts with no . or -"
         )
     return given
 
@@ -403,6 +404,14 @@ class StudySpec(Strict):
         return math.ceil(epochs * batches / updates)
 
     @property
+    def full_trials(self) -> int | None:
+        """How many trials the budget has where each is trained to its end; None: not counted."""
+        limits = [] if self.budget.trials is None else [self.budget.trials]
+        if self.budget.epochs is not None and self.epochs is not None:
+            limits.append(self.budget.epochs // self.epochs)
+        return min(limits, default=None)
+
+    @property
     def experiment(self) -> str:
         """The MLflow experiment's name."""
         return self.mlflow.experiment or f"droptune/{self.name}"
@@ -421,6 +430,14 @@ class StudySpec(Strict):
         missing = object()
         keys = [*mine, *(key for key in others if key not in mine)]
         return tuple(key for key in keys if mine.get(key, missing) != others.get(key, missing))
+
+    def describe_changes(self, other: StudySpec) -> str:
+        """`budget.trials 60 → 9`, for each key in which another spec differs."""
+        mine, others = _flat(self.to_json()), _flat(other.to_json())
+        return ", ".join(
+            f"{key} {_word(mine.get(key))} → {_word(others.get(key))}"
+            for key in self.changes(other)
+        )
 
     @staticmethod
     def is_free(key: str) -> bool:
@@ -468,6 +485,10 @@ def _from_root(program: str, file: Path) -> str:
             "move it there, or put a droptune.toml into the folder above both"
         )
     return f"{path.relative_to(root).as_posix()}{colon}{name}"
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else f"{value}"
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -101,9 +101,14 @@ def test_file_that_trains_when_imported_is_not_run(create, project):
     refused(create(), "droptune.classification", left=FILES, folder=project)
 
 
-def test_model_without_a_site_says_how_to_insert_one(create, project):
+def test_model_without_a_site_says_how_to_insert_one(create, droptune, project):
     (project / "model.py").write_text(MODEL.format(dropout="", poison=""))
-    refused(create(), "insert:", left=FILES, folder=project)
+    line = 'insert: [{after: "ReLU", kind: element}]'
+    refused(create(), line, left=FILES, folder=project)
+    wrote = droptune("study", "init", "model.py", "-o", "study.yaml", "--force", cwd=project)
+    assert "1 site, inserted" in wrote.stdout, wrote.stderr
+    assert f"\n{line}  # " in (project / "study.yaml").read_text()
+    assert "layers.1.inserted-element: 0 to 0.8" in create().stdout
 
 
 @pytest.mark.parametrize(
@@ -119,6 +124,8 @@ def test_model_without_a_site_says_how_to_insert_one(create, project):
         ("pruner: {name: median, warmup: 3}", ("pruner median", "warmup")),
         ("sampler: {name: tpe, startup: 3}", ("sampler tpe", "startup")),
         ("objective: {metric: accurracy}", ("accurracy", "accuracy")),
+        ("space: {rates: {'2': {high: 0.5}}}", ("study.yaml:4: space.rates: '2' names no site",)),
+        ("pruner: {name: median, warmup: 3}", ("study.yaml:4: pruner median",)),
         ("space: {batch_size: [16, 32]}", ("batch_size", "shapes")),
     ],
 )
@@ -131,7 +138,8 @@ def test_what_a_budget_is_too_small_for_is_spoken_of(create, project):
     (project / "study.yaml").write_text(f"{STUDY}epochs: 1\nobjective: [nll, accuracy]\n")
     said = create().stdout
     assert "trains 1 epoch where the program says 2" in said
-    assert "the baselines alone are 15 trials, which leaves none of the budget of 4" in said
+    assert "the baselines alone are 15 trials, of which the budget has only the first 4" in said
+    assert "cost: up to 4 trials of 1 interval to search" in said
     assert "the verdict are about nll, the first" in said
 
 
@@ -153,6 +161,13 @@ def test_unknown_study_names_the_near_ones(create, droptune, project):
     left = {path.name for path in project.iterdir() if path.name != "__pycache__"}
     result = droptune("study", "best", "stduy", cwd=project)
     refused(result, "'stduy'", "'study'", left=left, folder=project)
+
+
+def test_a_continued_study_says_what_has_changed(create, project):
+    assert "changed" not in create().stdout
+    assert "changed" not in create().stdout
+    (project / "study.yaml").write_text(STUDY.replace("trials: 4", "trials: 9"))
+    assert "  changed: budget.trials 4 → 9\n" in create().stdout
 
 
 def test_changed_study_file_names_the_keys_and_another_name(create, project):

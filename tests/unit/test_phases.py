@@ -73,6 +73,21 @@ def test_a_budget_may_be_raised_again_and_again(storage, tmp_path, seed):
         assert study.verdict()["confirmed"] or seed % 2
 
 
+def test_a_budget_smaller_than_the_baselines_is_kept_and_may_be_raised(storage, tmp_path):
+    """Each baseline has its first learning rate before any has its second."""
+    player = Player(storage)
+    study = make(storage, tmp_path, 4)
+    player.play(study)
+    trials = [r.training for r in study.records() if r.training.kind.is_trial]
+    assert [trial.label for trial in trials] == ["none", "author", "half", "none"]
+    assert [trial.assignment.lr for trial in trials[:3]] == [1e-2] * 3
+    study = make(storage, tmp_path, 8)
+    player.play(study)
+    trials = [r.training for r in study.records() if r.training.kind.is_trial]
+    assert [trial.number for trial in trials] == list(range(8))
+    assert [trial.label for trial in trials[4:]] == ["author", "half", "", ""]
+
+
 def test_confirmations_queued_at_the_last_moment_are_trained(storage, tmp_path, monkeypatch):
     study, player = make(storage, tmp_path, 12), Player(storage)
     player.play(study)

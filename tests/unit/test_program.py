@@ -492,7 +492,9 @@ def test_errors_in_the_file_are_one_line_with_its_place(project, text, said):
 
 def test_references_that_lead_nowhere(project, tmp_path):
     root = project(IMPORTS + MODEL + PROGRAM)
+    project("", "long.py")
     for reference, said in {
+        "nothing.py": r"no program file .* \(possible: long.py, mine.py\)",
         "mime.py": r"no program file .*mime.py \(did you mean 'mine.py'",
         "mine.py:progam": r"has no 'progam' \(did you mean 'program'",
         "no.such.module": "no module no.such.module under",

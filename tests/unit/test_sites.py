@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from droptune.errors import SiteError
 from droptune.sites.dropout import KINDS, Kind
+from droptune.sites.insertion import suggested_insertions
 from droptune.sites.installed import (
     Discovery,
     Site,
@@ -27,6 +28,7 @@ from droptune.sites.installed import (
     restore,
 )
 from droptune.sites.masks import derive_keys, split_seed
+from droptune.sites.modules import module_paths
 
 
 @pytest.fixture(autouse=True)
@@ -1029,6 +1031,19 @@ def test_sites_are_inserted_by_path_and_by_type():
     with pytest.warns(UserWarning, match="is not set: inserted"):
         told = apply_rates(model, {sites[0].path: 0.1}, sites=sites).not_set
     assert "add dropout of kind channel after '0.conv'" in told[sites[0].path]
+
+
+@pytest.mark.parametrize(
+    ("model", "places"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.Tanh()), ["GELU", "Tanh"]),
+        (nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(4, 1), nn.Sigmoid()), ["0"]),
+        (nn.Sequential(nn.Linear(4, 1), nn.Softmax(-1)), []),
+    ],
+)
+def test_a_model_without_dropout_gets_it_after_its_activations_or_layers(model, places):
+    rules = suggested_insertions(module_paths(model))
+    assert [rule["after"] for rule in rules] == places
 
 
 def test_variational_dropout_after_a_recurrent_layer_knows_its_time():

@@ -194,7 +194,8 @@ def test_shipped_studies(path):
         ({"confirm": {"min_seeds": 5, "max_seeds": 4}}, "min_seeds 5 is above max_seeds 4"),
         ({"training": {"width": 0}}, "training.width: .*got 0"),
         ({"epochs": "many"}, "epochs: .*got 'many'"),
-        ({"name": "a b"}, "name: 'a b' may hold letters"),
+        ({"name": "a b"}, "name: 'a b': a name may hold letters"),
+        ({"name": "my 'own' \"one\""}, "name: 'my 'own' \"one\"': a name may hold"),
         ({"mlflow": {"registered_model": "a/b"}}, "mlflow.registered_model: 'a/b': the name of"),
         ({"mlflow": {"mirror": "sometimes"}}, "mlflow.mirror: .*got 'sometimes'"),
     ],
@@ -275,6 +276,20 @@ def test_resolved_knows_what_the_program_measures():
 )
 def test_intervals(given, of_program, examples, expected):
     assert spec(**given).intervals(program(**of_program), examples) == expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "trials"),
+    [
+        ({}, 60),
+        ({"epochs": 45}, 2),
+        ({"epochs": 19}, 0),
+        ({"epochs": 45, "trials": 1}, 1),
+        ({"device_hours": 1}, None),
+    ],
+)
+def test_full_trials_of_a_budget(budget, trials):
+    assert spec(epochs=20, budget=budget).full_trials == trials
 
 
 def test_changes_and_what_may_change():
