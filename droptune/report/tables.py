@@ -71,7 +71,7 @@ def rates(evidence: Evidence, verdict: Verdict) -> Table | None:
     recommended = verdict.recommended
     if recommended is None or verdict.winner is None:
         return None
-    other = recommended.choice != "winner"
+    other = recommended.assignment != verdict.winner.assignment
     use = "rate to use" if verdict.confirmed else "best so far"
     head = ("site", use, *(("dropout found",) if other else ()), "as good", "author's")
     rows = [

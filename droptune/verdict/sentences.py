@@ -9,7 +9,7 @@ import numpy as np
 from droptune.verdict.comparison import Comparison
 from droptune.verdict.confirmation import AT_WINNERS_LR
 from droptune.verdict.evidence import Evidence
-from droptune.verdict.member import Member
+from droptune.verdict.member import Member, lead
 from droptune.verdict.statistics import Difference, paired
 from droptune.verdict.wording import (
     better_word,
@@ -175,15 +175,29 @@ def provisional_headline(evidence: Evidence, winner: Member | None, none: Member
     best += level(metric, winner.promised)
     if none is None or none.promised is None:
         return f"{best}; no trial without dropout has completed."
-    lead = evidence.sign * (winner.promised - none.promised)
-    size = difference(metric, lead, abs(lead) / 3)
+    ahead = lead(evidence, winner, none)
+    size = difference(metric, ahead, abs(ahead) / 3)
     return (
-        f"{best}, {size} {_word(evidence, lead)} than the leading one without "
+        f"{best}, {size} {_word(evidence, ahead)} than the leading one without "
         f"({level(metric, none.promised)}); one training each, so chance is not excluded."
     )
 
 
-def recommendation_reason(choice: str, outcome: str, *, beaten: bool, confirmed: bool) -> str:
+def provisional_reason(evidence: Evidence, choice: str, ahead: float, chance: float) -> str:
+    """Why these rates before confirmation; `ahead`: by how much dropout leads no dropout."""
+    if choice != "none":
+        who = {"author": "the author's rates lead", "half": "0.5 everywhere leads"}
+        return f"{who.get(choice, 'dropout leads')} the search; not confirmed"
+    if ahead <= 0:
+        return "no dropout leads the search; not confirmed"
+    size = difference(evidence.objective.metric, chance, chance)
+    return (
+        "no dropout costs nothing, and dropout leads the search by no more than two trainings "
+        f"differ by chance (about {size}); not confirmed"
+    )
+
+
+def recommendation_reason(choice: str, outcome: str, *, beaten: bool) -> str:
     """Why these rates; `beaten`: the author's rates or 0.5 beat the winner."""
     if choice == "author":
         return (
@@ -201,8 +215,6 @@ def recommendation_reason(choice: str, outcome: str, *, beaten: bool, confirmed:
         )
     if outcome == "undetected":
         return "the best guess: it leads, but the lead is not proven"
-    if not confirmed:
-        return "the best of the search, not confirmed"
     if outcome == "none":
         return "the best dropout found; no dropout failed on fresh seeds"
     return "the smallest rates within one standard error of the best, confirmed on fresh seeds"
