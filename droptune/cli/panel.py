@@ -86,7 +86,8 @@ def _lines(study: Study, done: Callable[[], bool], seconds: float) -> None:
                     print(event(study, record), flush=True)
             if study.phase() != phase:
                 phase = study.phase()
-                print(f"{study.name}: {phase}", flush=True)
+                if phase != "confirming" or study.spec.confirm.enabled:
+                    print(f"{study.name}: {phase}", flush=True)
         if not last:
             time.sleep(seconds)
 

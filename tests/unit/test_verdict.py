@@ -272,7 +272,7 @@ def test_confirmation_can_be_switched_off():
     planned = plan(search(world(), make_spec(confirm={"enabled": False}), trials=12))
     assert planned.decided
     assert planned.queue == ()
-    assert "switched off" in planned.reason
+    assert "left out" in planned.reason
 
 
 def test_without_a_dropout_trial_there_is_nothing_to_confirm(searched):
