@@ -37,6 +37,7 @@ from droptune.verdict.member import Member, best_baselines, lead, leading
 from droptune.verdict.sentences import (
     baseline_sentence,
     headline,
+    none_reason,
     provisional_headline,
     provisional_reason,
     recommendation_reason,
@@ -244,9 +245,10 @@ def _recommend(
     elif outcome in ("better", "none") or (outcome == "undetected" and _leads(found)):
         choice, member = "winner", winner
     else:
-        choice, member = "none", _better_none(found, members)
-    beaten = ahead is not None
-    reason = recommendation_reason(choice, outcome, beaten=beaten)
+        none = _better_none(found)
+        reason = none_reason(none, beaten=ahead is not None)
+        return Recommendation("none", none.assignment, members[none.against].trial, reason)
+    reason = recommendation_reason(choice, outcome)
     return Recommendation(choice, member.assignment, member.trial, reason)
 
 
@@ -286,9 +288,9 @@ def _leads(found: Mapping[str, Comparison]) -> bool:
     return all(rival.mean > rival.error for rival in rivals)
 
 
-def _better_none(found: Mapping[str, Comparison], members: Mapping[str, Member]) -> Member:
-    labels = [label for label in PRIMARY if label in found]
-    return members[min(labels, key=lambda label: found[label].difference.mean)]
+def _better_none(found: Mapping[str, Comparison]) -> Comparison:
+    known = (found[label] for label in PRIMARY if label in found)
+    return min(known, key=lambda one: one.difference.mean)
 
 
 def _trained(evidence: Evidence, planned: Plan) -> tuple[list[Record], list[Record]]:
