@@ -300,16 +300,16 @@ def _search_row(label: str, record: Record | None, keys: Sequence[str]) -> tuple
 def _left_out(study: Study, progress: Progress, confirmed: Sequence[Confirmed]) -> Iterator[str]:
     """Baselines without a row, and why."""
     for label, same in study.space.merged(study.spec.baselines).items():
-        yield f"{label} has the rates of {same} here, and is trained once, as {same}"
+        yield f"no row for {label}: its rates are the same as those of {same} here"
     labels = {one.label for one in confirmed}
     for label, record in progress.baselines.items():
         if not confirmed or label in labels or record is None:
             continue
         if _assignment(record).rates == confirmed[0].assignment.rates:
-            yield f"{label} has the rates of the {FOUND}"
+            yield f"no row for {label}: its rates are those of the {FOUND}"
         else:
             value = f"{study.objectives[0].key} {record.value:.4f}"
-            yield f"{label} was not confirmed; its best of the search had {value}"
+            yield f"no row for {label}: it was not confirmed; its best of the search had {value}"
 
 
 def _keys(study: Study, measured: Sequence[Mapping[str, float]]) -> list[str]:

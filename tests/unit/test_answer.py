@@ -63,7 +63,7 @@ def test_after_it_they_are_means_over_fresh_seeds(study):
 
 def test_equal_baselines_are_said_to_be(study):
     study, _ = study
-    assert "half has the rates of author here" in answer.text(study)
+    assert "no row for half: its rates are the same as those of author here" in answer.text(study)
     assert json.loads(json.dumps(answer.to_json(study)))["merged_baselines"] == {"half": "author"}
 
 
