@@ -27,7 +27,6 @@ import optuna
 from optuna.trial import TrialState
 from scipy.stats import qmc
 
-from droptune.search.posterior import robust_best
 from droptune.search.prediction import Process, Trace, Warp, points
 from droptune.search.pruning import Rules, decide
 from droptune.search.sampling import Proposer
@@ -352,11 +351,17 @@ def search(
             records.append(_record(number, assignment, value))
     best, typical = problem.scale
     seen = min(records, key=lambda r: r.value)
-    smoothed = robust_best(records, objective)
-    chosen = (seen, smoothed.record if smoothed else seen)
     return tuple(
-        float(problem.truth(problem.at(r.training.assignment))[0] - best) / typical for r in chosen
+        float(problem.truth(problem.at(r.training.assignment))[0] - best) / typical
+        for r in (seen, _smoothed(records))
     )
+
+
+def _smoothed(records: Sequence[Record]) -> Record:
+    """The trial with the best posterior mean: good because its neighbours are as well."""
+    values = np.array([record.value for record in records])
+    x = points([record.training.assignment for record in records])
+    return records[int(np.argmin(Process(x, Warp.of(values)(values)).predict(x)[0]))]
 
 
 def _record(number: int, assignment: Assignment, value: float) -> Record:

@@ -12,7 +12,6 @@ from droptune.errors import DroptuneError
 from droptune.progress import Progress, front
 from droptune.scores import read_metrics
 from droptune.script import script
-from droptune.search.posterior import robust_best
 from droptune.training import Assignment, Record, State, TrainingKind
 from droptune.verdict.wording import counted, duration
 
@@ -40,17 +39,19 @@ class Confirmed:
 def to_json(study: Study) -> dict[str, Any]:
     """The answer of a study as plain JSON values; `best` and `baselines` are of the search."""
     progress = study.progress()
-    record = _best(study, progress)
+    found = leading(study, progress)
+    best = _best(study, progress)
     objective = study.objectives[0]
     return {
         "study": study.name,
         "phase": study.phase(),
         "objective": {"metric": objective.key, "take": objective.take},
         "budget": {"intervals": study.intervals, "samples": study.row.meta["samples"]},
-        "best": _record_json(record),
-        "noise_aware": _smoothed_json(study),
+        "best": _record_json(best),
         "baselines": {
-            label: found and _record_json(found) for label, found in progress.baselines.items()
+            label: record and _record_json(record)
+            for label, record in found.items()
+            if label not in ("best", FOUND)
         },
         "merged_baselines": study.space.merged(study.spec.baselines),
         "confirmed": [one.to_json() for one in confirmed(study)],
@@ -60,14 +61,6 @@ def to_json(study: Study) -> dict[str, Any]:
         "cost": {"intervals": progress.intervals, "device_seconds": progress.device_seconds},
         "verdict": study.verdict(),
     }
-
-
-def _smoothed_json(study: Study) -> dict[str, Any] | None:
-    """The best without its luck: the posterior mean of its value, and that one's sd."""
-    found = robust_best(study.records(), study.objectives[0])
-    if found is None:
-        return None
-    return {**_record_json(found.record), "mean": found.mean, "sd": found.sd}
 
 
 def _front_json(study: Study) -> dict[str, Any]:
@@ -84,7 +77,31 @@ def _front_json(study: Study) -> dict[str, Any]:
     }
 
 
+def leading(study: Study, progress: Progress) -> dict[str, Record | None]:
+    """What leads the search, by label: as the verdict has it where it is from the search alone, the
+    best values before and beside a confirmed one."""
+    verdict = _of_search(study)
+    if verdict is None:
+        return {"best": progress.best, **progress.baselines}
+    found: dict[str, Record | None] = {FOUND: None, **dict.fromkeys(progress.baselines)}
+    for label, number in verdict["leading"].items():
+        found[FOUND if label == "winner" else label] = study.trial(number)
+    return found
+
+
+def _of_search(study: Study) -> dict[str, Any] | None:
+    """The verdict of a study that is done and not confirmed."""
+    verdict = study.verdict()
+    if verdict is None or verdict["confirmed"] or study.row.phase != "done":
+        return None
+    return verdict if "leading" in verdict else None  # one of an earlier version has it not
+
+
 def _best(study: Study, progress: Progress) -> Record:
+    """What a verdict from the search alone recommends; else the best value of the search."""
+    chosen = (_of_search(study) or {}).get("recommended")
+    if chosen:
+        return study.trial(chosen["trial"])
     if progress.best is not None:
         return progress.best
     failed = [r for r in study.records() if r.state is State.FAIL and r.reason]
@@ -164,7 +181,7 @@ def text(study: Study) -> str:
         reason = verdict["recommended"]["reason"]
         lines += [f"recommended ({reason}):", *_rates(study, _chosen(study, progress))]
         lines += [f"note: {hint}" for hint in (*verdict["warnings"], *verdict["hints"])]
-    lines += ["", *_comparison(study, progress, best), *_front(study), "", _cost(progress)]
+    lines += ["", *_comparison(study, progress), *_front(study), "", _cost(progress)]
     return "\n".join(lines)
 
 
@@ -210,7 +227,7 @@ def shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _comparison(study: Study, progress: Progress, best: Record) -> Iterator[str]:
+def _comparison(study: Study, progress: Progress) -> Iterator[str]:
     """The confirmed means where there are any, else the values of the search."""
     known = confirmed(study)
     if known:
@@ -226,23 +243,22 @@ def _comparison(study: Study, progress: Progress, best: Record) -> Iterator[str]
             "of the search, one training each, so the best looks better than it is "
             "(val: validation data; each at its own best learning rate)"
         )
-        found = {"best": best, **progress.baselines}
+        found = leading(study, progress)
         keys = _keys(study, [_measured(record) for record in found.values() if record])
         head = ("", "trial", "lr", *keys)
         yield from _aligned([head, *(_search_row(*item, keys) for item in found.items())])
-        yield from _smoothed(study)
+        yield from luck(study, progress)
     yield from _left_out(study, progress, known)
 
 
-def _smoothed(study: Study) -> Iterator[str]:
-    """Which trial is best when the luck of single trainings is taken out."""
-    found = robust_best(study.records(), study.objectives[0])
-    if found is not None:
-        assignment = _assignment(found.record)
+def luck(study: Study, progress: Progress) -> Iterator[str]:
+    """Why the best value of the search does not lead it, where that is so."""
+    best = progress.best
+    if best is not None and best not in leading(study, progress).values():
+        value = f"{study.objectives[0].key} {best.value:.4f}"
         yield (
-            f"without the luck of single trainings {found.record.training.name} is best: "
-            f"{study.objectives[0].key} {found.mean:.4f} ± {found.sd:.4f} by its neighbours, too "
-            f"(lr {assignment.lr:.3g}, mean rate {assignment.mean_rate:.2f})"
+            f"{best.training.name} had {value}, the best of all; trials like it had worse, so it "
+            "is held to be luck"
         )
 
 
@@ -285,16 +301,16 @@ def _search_row(label: str, record: Record | None, keys: Sequence[str]) -> tuple
 def _left_out(study: Study, progress: Progress, confirmed: Sequence[Confirmed]) -> Iterator[str]:
     """Baselines without a row, and why."""
     for label, same in study.space.merged(study.spec.baselines).items():
-        yield f"{label} has the rates of {same} here, and is trained once, as {same}"
+        yield f"no row for {label}: its rates are the same as those of {same} here"
     labels = {one.label for one in confirmed}
     for label, record in progress.baselines.items():
         if not confirmed or label in labels or record is None:
             continue
         if _assignment(record).rates == confirmed[0].assignment.rates:
-            yield f"{label} has the rates of the {FOUND}"
+            yield f"no row for {label}: its rates are those of the {FOUND}"
         else:
             value = f"{study.objectives[0].key} {record.value:.4f}"
-            yield f"{label} was not confirmed; its best of the search had {value}"
+            yield f"no row for {label}: it was not confirmed; its best of the search had {value}"
 
 
 def _keys(study: Study, measured: Sequence[Mapping[str, float]]) -> list[str]:
@@ -334,6 +350,8 @@ def code(study: Study) -> str:
     assignment = _chosen(study, study.progress())
     lines = _sentences(study, verdict)
     said = lines[: lines.index(verdict["sentence"]) + 1] if verdict else lines
+    if verdict and verdict["recommended"]:
+        said.append(f"recommended: {verdict['recommended']['reason']}")
     return script(assignment, study.sites, _heading(study), *said, _shape(study))
 
 

@@ -6,6 +6,8 @@ hooks in plain PyTorch, so that the script needs droptune for `apply_rates` alon
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from droptune.sites.site import Site
@@ -145,9 +147,22 @@ def _told(sites: Sequence[Site], rates: Mapping[str, float]) -> str:
     """The rates that only the model's code can hold."""
     if not sites:
         return ""
-    lines = [f"#   {site.path} ({site.kind}): {rates[site.path]:.6g}" for site in sites]
+    lines = [f"#   {_placed(site)}: {rates[site.path]:.6g}" for site in sites]
     first = "# To be changed in the model's code, where no single attribute holds these rates:"
     return "\n".join([first, *lines])
+
+
+def _placed(site: Site) -> str:
+    return f"{site.path} ({', '.join(filter(None, (site.kind, line_of(site))))})"
+
+
+def line_of(site: Site) -> str:
+    """Where a site is that has no module of its own: the file from the working directory, or from
+    the folder of installed packages."""
+    if not (site.call and site.line):
+        return ""
+    below = os.path.relpath(site.line)
+    return re.split(r"(?:site|dist)-packages/", site.line if below.startswith("..") else below)[-1]
 
 
 def _inserted(sites: Sequence[Site], rates: Mapping[str, float]) -> Iterator[str]:

@@ -18,10 +18,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from droptune import answer
 from droptune.cli.trial import because
 from droptune.errors import StorageError, UnknownStudyError
 from droptune.progress import front
-from droptune.search.posterior import robust_best
 from droptune.training import Record, State
 from droptune.verdict.wording import counted, duration
 
@@ -86,7 +86,8 @@ def _lines(study: Study, done: Callable[[], bool], seconds: float) -> None:
                     print(event(study, record), flush=True)
             if study.phase() != phase:
                 phase = study.phase()
-                print(f"{study.name}: {phase}", flush=True)
+                if phase != "confirming" or study.spec.confirm.enabled:
+                    print(f"{study.name}: {phase}", flush=True)
         if not last:
             time.sleep(seconds)
 
@@ -127,7 +128,7 @@ def panel(study: Study, *, piped: bool = False) -> Panel:
     rows.append(Text(" · ".join(_counts(progress))))
     if progress.best is not None:
         rows.append(_standings(study, progress))
-        rows += [Text(line) for line in _front(study)]
+        rows += [Text(line) for line in (*answer.luck(study, progress), *_front(study))]
     title = f"{study.name} · {phase}"
     body = Group(*rows)  # type: ignore[arg-type]
     return Panel(body, title=title, title_align="left", expand=not piped)
@@ -193,20 +194,14 @@ def _front(study: Study) -> Iterator[str]:
 
 
 def _standings(study: Study, progress: Progress) -> Table:
-    """The best of the search beside each baseline's best, one training each."""
+    """What leads the search beside the baselines, one training each."""
     table = Table("of the search", study.objectives[0].key, "lr", "mean rate", box=None)
-    rows = [("best", progress.best), *progress.baselines.items()]
-    for name, record in rows:
+    for name, record in answer.leading(study, progress).items():
         if record is None or record.training.assignment is None:
             table.add_row(name, "…", "", "")
             continue
         assignment = record.training.assignment
-        label = f"best ({record.training.name})" if name == "best" else name
+        label = f"{name} ({record.training.name})" if name in ("best", answer.FOUND) else name
         numbers = f"{record.value:.5g}", f"{assignment.lr:.3g}", f"{assignment.mean_rate:.2f}"
         table.add_row(label, *numbers)
-    smoothed = robust_best(study.records(), study.objectives[0])
-    if smoothed is not None and smoothed.record.training.assignment is not None:
-        found = smoothed.record.training.assignment
-        label = f"best without luck ({smoothed.record.training.name})"
-        table.add_row(label, f"{smoothed.mean:.5g}", f"{found.lr:.3g}", f"{found.mean_rate:.2f}")
     return table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from droptune.cli.options import JsonOption, display, print_json
+from droptune.script import line_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from droptune.sites.site import Discovery, Site
+    from droptune.sites.site import Discovery
 
 
 UNLIMITED = 100_000  # columns: a row that is piped stays one line
@@ -82,17 +81,8 @@ def _table(discovery: Discovery) -> Table:
     for site in discovery.sites:
         shape = "×".join(str(n) for n in site.shape)
         row = (site.path, site.kind, f"{site.rate:g}", shape, str(site.calls), site.feeds or "")
-        table.add_row(*map(Text, (*row, _line(site))))
+        table.add_row(*map(Text, (*row, line_of(site))))
     return table
-
-
-def _line(site: Site) -> str:
-    """Where a site is that has no module of its own: the file from the working directory, or from
-    the folder of installed packages."""
-    if not (site.call and site.line):
-        return ""
-    below = os.path.relpath(site.line)
-    return re.split(r"(?:site|dist)-packages/", site.line if below.startswith("..") else below)[-1]
 
 
 def _suggestion(discovery: Discovery, groups: dict[str, list[str]]) -> Iterator[str]:

@@ -218,7 +218,7 @@ def html(evidence: Evidence, verdict: Verdict) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"sentence": _capitalised, "unbroken": _unbroken}
+    environment.filters |= {"sentence": _capitalised, "unbroken": _unbroken, "coded": _coded}
     return environment.get_template("report.html.j2").render(
         verdict=verdict,
         evidence=evidence,
@@ -246,6 +246,13 @@ def _unbroken(words: str) -> str:
     """With no line break inside an interval or between a figure and its unit."""
     inside = re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\u00a0"), words)
     return re.sub(r"(\d) (nats|points|%)", "\\1\u00a0\\2", inside)
+
+
+def _coded(words: str) -> Any:
+    """As HTML: what stands between backticks is code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(words))))
 
 
 def _tables(evidence: Evidence, verdict: Verdict) -> dict[str, Any]:

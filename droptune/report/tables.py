@@ -71,7 +71,7 @@ def rates(evidence: Evidence, verdict: Verdict) -> Table | None:
     recommended = verdict.recommended
     if recommended is None or verdict.winner is None:
         return None
-    other = recommended.choice != "winner"
+    other = recommended.assignment != verdict.winner.assignment
     use = "rate to use" if verdict.confirmed else "best so far"
     head = ("site", use, *(("dropout found",) if other else ()), "as good", "author's")
     rows = [
@@ -104,32 +104,32 @@ def _value(value: float | str) -> str:
 
 
 def comparisons(evidence: Evidence, found: Sequence[Comparison]) -> Table:
-    """The winner against each other: means, difference, interval, seeds, and how it stopped."""
+    """The winner against each other: means, change of the metric, seeds, and how it stopped."""
     metric = evidence.objective.metric
     unit = UNITS.get(metric, "").strip()
     head = (
         "dropout found against",
         metric_name(metric),
         "theirs",
-        f"better by{f' ({unit})' if unit else ''}",
+        f"changes by{f' ({unit})' if unit else ''}",
         "interval",
         "seeds",
         "p",
         "detectable",
         "stopped",
     )
-    return Table(head, tuple(_comparison(metric, one) for one in found))
+    return Table(head, tuple(_comparison(evidence, one) for one in found))
 
 
-def _comparison(metric: str, one: Comparison) -> tuple[str, ...]:
-    found = one.difference
-    half = (found.high - found.low) / 2
+def _comparison(evidence: Evidence, one: Comparison) -> tuple[str, ...]:
+    metric, found = evidence.objective.metric, one.difference
+    low, high = sorted((evidence.sign * found.low, evidence.sign * found.high))
     return (
         WHOM.get(one.against, one.against),
         level(metric, one.ours),
         level(metric, one.theirs),
-        amount(metric, found.mean, half, sign=True),
-        interval(metric, found.low, found.high),
+        amount(metric, evidence.sign * found.mean, (high - low) / 2, sign=True),
+        interval(metric, low, high, sign=True),
         str(found.seeds),
         "< 0.001" if one.adjusted_p < 0.001 else f"{one.adjusted_p:.3f}",
         amount(metric, found.detectable, found.detectable),

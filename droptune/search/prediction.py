@@ -88,11 +88,11 @@ class Process:
         curved = np.exp(-np.maximum(distance, 0) / columns / (2 * length**2))
         return np.asarray(1 + linear * product / columns + curved)
 
-    def predict(self, x: Array, *, noise: bool = True) -> tuple[Array, Array]:
-        """Mean and standard deviation [m] of y at x [m, columns], noise included or not."""
+    def predict(self, x: Array) -> tuple[Array, Array]:
+        """Mean and standard deviation [m] of y at x [m, columns], noise included."""
         x, at = self._standard(x), self._chosen
         cross = self._kernel(x, at)
-        prior = 2 + self.LINEAR[at] * (x**2).sum(1) / self._columns + self.NOISE[at] * noise
+        prior = 2 + self.LINEAR[at] * (x**2).sum(1) / self._columns + self.NOISE[at]
         variance = prior - np.einsum("ij,jk,ik->i", cross, self._inverse, cross)
         sd = np.sqrt(np.maximum(variance, 1e-12)) * self._inflation
         return self._mean + self._spread * (cross @ self._weights), self._spread * sd

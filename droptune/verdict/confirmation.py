@@ -81,7 +81,7 @@ Wanted = tuple[Member, int]  # a member and a seed index
 def plan(evidence: Evidence) -> Plan:
     """What to train next so that the study can be judged."""
     if not evidence.spec.confirm.enabled:
-        return Plan((), True, "confirmation is switched off (confirm.enabled)")
+        return Plan((), True, "confirmation was left out")
     design = make_design(evidence)
     if design is None:
         return Plan((), True, "no trial with dropout ended with a finite objective")

@@ -45,10 +45,34 @@ def best_baselines(evidence: Evidence) -> tuple[Member, ...]:
     members: dict[str, Member] = {}
     for label, trials in _trials_of_baselines(evidence).items():
         if trials:
-            within = [trials[i] for i in _within_one_error(*noise_aware(evidence, trials))]
-            best = min(within, key=lambda r: (-evidence.benefit(r), r.training.number or 0))
+            best = _best(evidence, trials)
             members.setdefault(_rates(best), _member(best, label))
     return tuple(members.values())
+
+
+def leading(evidence: Evidence) -> Member | None:
+    """The trial with dropout that leads the search, be it a baseline's; chosen as theirs are."""
+    trials = [r for r in evidence.trials if evidence.has_dropout(assigned(r))]
+    if not trials:
+        return None
+    known = [m for m in best_baselines(evidence) if evidence.has_dropout(m.assignment)]
+    return max(
+        [*known, _member(_best(evidence, trials))],
+        key=lambda member: evidence.sign * (member.promised or 0.0),
+    )
+
+
+def lead(evidence: Evidence, one: Member, other: Member) -> float:
+    """By how much one trial was better than the other."""
+    assert one.promised is not None
+    assert other.promised is not None
+    return evidence.sign * (one.promised - other.promised)
+
+
+def _best(evidence: Evidence, trials: Sequence[Record]) -> Record:
+    """The best value among the trials within one standard error of the best on the surface."""
+    within = [trials[i] for i in _within_one_error(*noise_aware(evidence, trials))]
+    return min(within, key=lambda r: (-evidence.benefit(r), r.training.number or 0))
 
 
 def _trials_of_baselines(evidence: Evidence) -> dict[str, list[Record]]:

@@ -9,7 +9,7 @@ import numpy as np
 from droptune.verdict.comparison import Comparison
 from droptune.verdict.confirmation import AT_WINNERS_LR
 from droptune.verdict.evidence import Evidence
-from droptune.verdict.member import Member
+from droptune.verdict.member import Member, lead
 from droptune.verdict.statistics import Difference, paired
 from droptune.verdict.wording import (
     better_word,
@@ -52,8 +52,7 @@ def _learning_rates(evidence: Evidence, own: Comparison, twin: Comparison) -> st
         )
     return (
         f"The gain may be the learning rate's, not dropout's: {seen}, but with the winner's "
-        "learning rate for both no difference is detected (dropout changes it by "
-        f"{_change(evidence, twin)})."
+        f"learning rate for both no difference is detected (dropout {_effect(evidence, twin)})."
     )
 
 
@@ -149,8 +148,8 @@ def baseline_sentence(evidence: Evidence, one: Comparison) -> str:
     if one.outcome == "worse":
         return f"Worse than {whom}: {_by(evidence, one)}."
     return (
-        f"Not told apart from {whom}: it changes {metric_name(evidence.objective.metric)} by "
-        f"{_change(evidence, one)}; {_detectable(evidence, one.difference)}."
+        f"The dropout found is not told apart from {whom}: it {_effect(evidence, one)}; "
+        f"{_detectable(evidence, one.difference)}."
     )
 
 
@@ -158,12 +157,8 @@ def scaling_sentence(evidence: Evidence, scaled: Comparison | None) -> str:
     """What is left of the difference after temperature scaling."""
     if scaled is None:
         return ""
-    left = {
-        "better": "dropout still helps",
-        "worse": "dropout hurts",
-        "undetected": "no difference is detected",
-    }[scaled.outcome]
-    return f"After temperature scaling of both, {left}: it changes by {_change(evidence, scaled)}."
+    said = f"dropout {_effect(evidence, scaled)}{_fairly(scaled)}"
+    return f"After temperature scaling of both, {said}."
 
 
 def provisional_headline(evidence: Evidence, winner: Member | None, none: Member | None) -> str:
@@ -175,34 +170,49 @@ def provisional_headline(evidence: Evidence, winner: Member | None, none: Member
     best += level(metric, winner.promised)
     if none is None or none.promised is None:
         return f"{best}; no trial without dropout has completed."
-    lead = evidence.sign * (winner.promised - none.promised)
-    size = difference(metric, lead, abs(lead) / 3)
+    ahead = lead(evidence, winner, none)
+    size = difference(metric, ahead, abs(ahead) / 3)
     return (
-        f"{best}, {size} {_word(evidence, lead)} than the leading one without "
+        f"{best}, {size} {_word(evidence, ahead)} than the leading one without "
         f"({level(metric, none.promised)}); one training each, so chance is not excluded."
     )
 
 
-def recommendation_reason(choice: str, outcome: str, *, beaten: bool, confirmed: bool) -> str:
-    """Why these rates; `beaten`: the author's rates or 0.5 beat the winner."""
+def provisional_reason(evidence: Evidence, choice: str, ahead: float, chance: float) -> str:
+    """Why these rates before confirmation; `ahead`: by how much dropout leads no dropout."""
+    if choice != "none":
+        who = {"author": "the author's rates lead", "half": "0.5 everywhere leads"}
+        return f"{who.get(choice, 'dropout leads')} the search; not confirmed"
+    if ahead <= 0:
+        return "no dropout leads the search; not confirmed"
+    size = difference(evidence.objective.metric, chance, chance)
+    return (
+        "no dropout costs nothing, and dropout leads the search by no more than two trainings "
+        f"differ by chance (about {size}); not confirmed"
+    )
+
+
+def none_reason(one: Comparison, *, beaten: bool) -> str:
+    """Why no dropout, and this learning rate; `beaten`: author's rates or 0.5 beat the winner."""
+    whose = "its own best" if one.against == "none" else "the winner's"
+    none = f"no dropout, at {whose} learning rate,"
+    if beaten:
+        return f"{none} leads the dropout that was found, by more than any other baseline does"
+    if one.outcome == "worse":
+        return f"{none} is better"
+    return f"{none} does as well, and costs nothing"
+
+
+def recommendation_reason(choice: str, outcome: str) -> str:
+    """Why dropout, and these rates."""
     if choice == "author":
         return (
             "the author's rates beat the dropout that was found; they are not tested against none"
         )
     if choice == "half":
         return "0.5 everywhere beats the dropout that was found; it is not tested against none"
-    if choice == "none" and beaten:
-        return "no dropout leads the dropout that was found, by more than any other baseline does"
-    if choice == "none":
-        return (
-            "no dropout is better"
-            if outcome == "worse"
-            else "no dropout does as well, and costs nothing"
-        )
     if outcome == "undetected":
         return "the best guess: it leads, but the lead is not proven"
-    if not confirmed:
-        return "the best of the search, not confirmed"
     if outcome == "none":
         return "the best dropout found; no dropout failed on fresh seeds"
     return "the smallest rates within one standard error of the best, confirmed on fresh seeds"

@@ -9,6 +9,7 @@ none           no training without dropout could be compared
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from droptune.training import Assignment, Record, State
 from droptune.verdict.comparison import PRIMARY, Comparison, ablations, after_scaling, compare
 from droptune.verdict.confirmation import AT_WINNERS_LR, Plan, pairs, plan
-from droptune.verdict.evidence import Evidence, key
+from droptune.verdict.evidence import BASELINES, Evidence, key
 from droptune.verdict.findings import (
     Calibration,
     DropoutCost,
@@ -32,11 +33,13 @@ from droptune.verdict.findings import (
     overfitting,
     site_findings,
 )
-from droptune.verdict.member import Member, best_baselines, front_runners
+from droptune.verdict.member import Member, best_baselines, lead, leading
 from droptune.verdict.sentences import (
     baseline_sentence,
     headline,
+    none_reason,
     provisional_headline,
+    provisional_reason,
     recommendation_reason,
     scaling_sentence,
     winners_lr_sentence,
@@ -65,7 +68,8 @@ class Verdict:
 
     `sentence` is the answer in one sentence, `second` tells dropout's part from the learning
     rate's, `details` are the other comparisons. All differences are turned so that positive means
-    that the winner is better.
+    that the winner is better. `leading` are the trials that lead the search, by label ("winner"
+    where they have dropout), whose values the sentence compares where nothing is confirmed.
     """
 
     study: str
@@ -76,6 +80,7 @@ class Verdict:
     details: tuple[str, ...]
     objective: Mapping[str, Any]
     winner: Member | None
+    leading: Mapping[str, int]
     comparisons: tuple[Comparison, ...]
     recommended: Recommendation | None
     sites: tuple[SiteFinding, ...]
@@ -116,9 +121,13 @@ def judge(evidence: Evidence) -> Verdict:
     surface = Surface.of(evidence)
     compared = compare(evidence, planned)
     confirmed = planned.decided and any(one.difference.seeds > 1 for one in compared)
-    winner = planned.winner or _leading(evidence)
+    winner = planned.winner or leading(evidence)
     outcome = _outcome(compared) if confirmed else "none"
-    recommended = _recommend(planned, compared, winner, outcome, confirmed=confirmed)
+    recommended = None
+    if winner is not None and confirmed:
+        recommended = _recommend(planned, compared, winner, outcome)
+    elif winner is not None:
+        recommended = _provisional(evidence, surface, winner)
     found = recommended.assignment if recommended else None
     slices = surface.slices(winner.assignment) if surface and winner else ()
     sites = site_findings(evidence, slices, found, winner.assignment) if found and winner else ()
@@ -133,6 +142,7 @@ def judge(evidence: Evidence) -> Verdict:
         details=_details(evidence, compared, scaled) if confirmed else (),
         objective=_objective(evidence, compared),
         winner=winner,
+        leading=_leading_trials(evidence, winner),
         comparisons=compared,
         recommended=recommended,
         sites=sites,
@@ -165,9 +175,10 @@ def _outcome(compared: Sequence[Comparison]) -> str:
     return first.outcome
 
 
-def _leading(evidence: Evidence) -> Member | None:
-    front = front_runners(evidence, 1)
-    return front[0] if front else None
+def _leading_trials(evidence: Evidence, winner: Member | None) -> dict[str, int]:
+    numbers = {"winner": winner.trial} if winner else {}
+    numbers |= {member.label: member.trial for member in best_baselines(evidence)}
+    return {label: number for label, number in numbers.items() if number is not None}
 
 
 def _sentence(
@@ -217,30 +228,44 @@ def _objective(evidence: Evidence, compared: Sequence[Comparison]) -> dict[str, 
 def _recommend(
     planned: Plan,
     compared: Sequence[Comparison],
-    winner: Member | None,
+    winner: Member,
     outcome: str,
-    *,
-    confirmed: bool,
-) -> Recommendation | None:
+) -> Recommendation:
     """The winner where it is better, or leads by more than one standard error; else no dropout.
 
     The author's rates or 0.5 where those beat the winner, and lead it by more than no dropout does.
     The simpler of two that cannot be told apart is the rule of one standard error (Breiman et al.
     1984).
     """
-    if winner is None:
-        return None
     members = {member.label: member for member in planned.compared}
     found = {one.against: one for one in compared}
-    ahead = _ahead(found) if confirmed else None
+    ahead = _ahead(found)
     if ahead is not None and _leads_most(ahead, found):
         choice, member = ahead.against, members[ahead.against]
     elif outcome in ("better", "none") or (outcome == "undetected" and _leads(found)):
         choice, member = "winner", winner
     else:
-        choice, member = "none", _better_none(found, members)
-    beaten = ahead is not None
-    reason = recommendation_reason(choice, outcome, beaten=beaten, confirmed=confirmed)
+        none = _better_none(found)
+        reason = none_reason(none, beaten=ahead is not None)
+        return Recommendation("none", none.assignment, members[none.against].trial, reason)
+    reason = recommendation_reason(choice, outcome)
+    return Recommendation(choice, member.assignment, member.trial, reason)
+
+
+def _provisional(evidence: Evidence, surface: Surface | None, winner: Member) -> Recommendation:
+    """What leads the search; dropout only where it leads no dropout by more than chance does.
+
+    Chance is the standard deviation of the difference of two single trainings, by the noise of the
+    surface; any lead counts where there is none.
+    """
+    none = next((m for m in best_baselines(evidence) if m.label == "none"), None)
+    ahead = math.inf if none is None else lead(evidence, winner, none)
+    chance = math.sqrt(2) * surface.noise if surface else 0.0
+    if none is not None and ahead <= chance:
+        choice, member = "none", none
+    else:
+        choice, member = (winner.label if winner.label in BASELINES else "winner"), winner
+    reason = provisional_reason(evidence, choice, ahead, chance)
     return Recommendation(choice, member.assignment, member.trial, reason)
 
 
@@ -263,9 +288,9 @@ def _leads(found: Mapping[str, Comparison]) -> bool:
     return all(rival.mean > rival.error for rival in rivals)
 
 
-def _better_none(found: Mapping[str, Comparison], members: Mapping[str, Member]) -> Member:
-    labels = [label for label in PRIMARY if label in found]
-    return members[min(labels, key=lambda label: found[label].difference.mean)]
+def _better_none(found: Mapping[str, Comparison]) -> Comparison:
+    known = (found[label] for label in PRIMARY if label in found)
+    return min(known, key=lambda one: one.difference.mean)
 
 
 def _trained(evidence: Evidence, planned: Plan) -> tuple[list[Record], list[Record]]:
@@ -340,8 +365,5 @@ def members(evidence: Evidence, verdict: Verdict) -> dict[str, list[Record]]:
     found = _on_common_seeds(evidence, assignments)
     if len(found) > 1:
         return found
-    numbers = {m.label: m.trial for m in best_baselines(evidence)}
-    if verdict.winner is not None:
-        numbers = {"winner": verdict.winner.trial, **numbers}
     by_number = {record.training.number: record for record in evidence.trials}
-    return {label: [by_number[n]] for label, n in numbers.items() if n in by_number}
+    return {label: [by_number[number]] for label, number in verdict.leading.items()}

@@ -24,7 +24,7 @@ TELLS_MORE = ("nll", "brier", "mse")  # metrics that see more than right or wron
 def hints(evidence: Evidence, plan: Plan, compared: Sequence[Comparison]) -> tuple[str, ...]:
     """What limits this study, most important first; empty where nothing does."""
     return (
-        *_not_confirmed(plan),
+        *_not_confirmed(evidence, plan),
         *_first_of_several(evidence),
         *_validation_too_small(evidence),
         *_metric_cannot_tell(evidence, plan, compared),
@@ -37,8 +37,10 @@ def hints(evidence: Evidence, plan: Plan, compared: Sequence[Comparison]) -> tup
     )
 
 
-def _not_confirmed(plan: Plan) -> Iterator[str]:
-    if not plan.decided:
+def _not_confirmed(evidence: Evidence, plan: Plan) -> Iterator[str]:
+    if not evidence.spec.confirm.enabled:
+        yield f"{plan.reason}; confirm now with: `droptune study confirm {evidence.spec.name}`"
+    elif not plan.decided:
         yield f"confirmation is not finished: {plan.reason}"
     elif plan.winner is None:
         yield f"nothing was confirmed: {plan.reason}"

@@ -46,11 +46,15 @@ def difference(metric: str, value: float, scale: float) -> str:
 
 
 def interval(metric: str, low: float, high: float, *, sign: bool = False) -> str:
-    """`[0.251, 0.297]`, in the digits that its width leaves."""
+    """`[0.251, 0.297]`, in the digits that its width leaves; only an end at 0 reads as 0."""
     scale = (high - low) / 2
     if not math.isfinite(scale):
         return "[no interval]"
-    return f"[{amount(metric, low, scale, sign=sign)}, {amount(metric, high, scale, sign=sign)}]"
+    for finer in (1, 10, 100):
+        ends = [amount(metric, end, scale / finer, sign=sign) for end in (low, high)]
+        if all(end.strip("0.") for end in ends) or 0 in (low, high):
+            break
+    return f"[{', '.join(ends)}]"
 
 
 def change(metric: str, value: float, low: float, high: float) -> str:

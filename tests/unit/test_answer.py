@@ -17,6 +17,12 @@ from droptune.study import Study
 from droptune.training import State
 
 
+def shown(drawn):
+    console = Console(width=100, file=io.StringIO())
+    console.print(drawn)
+    return console.file.getvalue()
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("answer")
@@ -27,18 +33,36 @@ def study(tmp_path_factory):
         answer.text(study)
     study.reconfigure(confirm=replace(study.spec.confirm, enabled=False))
     train_here(study, folder)
-    unconfirmed = answer.text(Study.open(storage, study.name))
     study = Study.open(storage, study.name)
+    unconfirmed = {
+        "text": answer.text(study),
+        "json": answer.to_json(study),
+        "code": answer.code(study),
+        "panel": shown(panel.panel(study)),
+    }
     study.confirm(top=1, max_seeds=3, ablate=False)
     train_here(study, folder)
     return Study.open(storage, study.name), unconfirmed
 
 
 def test_before_confirmation_the_values_are_the_searchs(study):
-    _, text = study
+    text = study[1]["text"]
     assert "NOT CONFIRMED" in text
     assert "of the search, one training each" in text
     assert "confirmed: means" not in text
+
+
+def test_before_confirmation_all_speak_of_the_same_trials(study):
+    study, said = study
+    verdict = said["json"]["verdict"]
+    chosen, found = verdict["recommended"], study.trial(verdict["leading"]["winner"])
+    assert said["json"]["best"]["trial"] == chosen["trial"]
+    assert f"recommended ({chosen['reason']}):" in said["text"]
+    assert f"# recommended: {chosen['reason']}" in said["code"]
+    row = next(line for line in said["text"].splitlines() if line.startswith("dropout found"))
+    assert row.split()[2] == str(found.training.number)
+    assert f"dropout found ({found.training.name})" in said["panel"]
+    assert f"{found.value:.5g}" in said["panel"]
 
 
 def test_after_it_they_are_means_over_fresh_seeds(study):
@@ -63,7 +87,7 @@ def test_after_it_they_are_means_over_fresh_seeds(study):
 
 def test_equal_baselines_are_said_to_be(study):
     study, _ = study
-    assert "half has the rates of author here" in answer.text(study)
+    assert "no row for half: its rates are the same as those of author here" in answer.text(study)
     assert json.loads(json.dumps(answer.to_json(study)))["merged_baselines"] == {"half": "author"}
 
 
@@ -98,8 +122,6 @@ def test_several_objectives_have_a_front_and_the_verdict_names_its_own(tmp_path)
     assert found[0]["trial"] == study.progress().best.training.number
     values = [(one["values"]["val/nll"], one["values"]["val/accuracy"]) for one in found]
     assert values == sorted(values)
-    console = Console(width=100, file=io.StringIO())
-    console.print(panel.panel(study))
-    assert "Pareto front of val/nll and val/accuracy:" in console.file.getvalue()
+    assert "Pareto front of val/nll and val/accuracy:" in shown(panel.panel(study))
     for write in (html, markdown, text):
         assert "several objectives" in write(study.evidence(), study.judge()).lower()

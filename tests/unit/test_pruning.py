@@ -13,7 +13,6 @@ import pytest
 
 from droptune.errors import SpecError
 from droptune.search.audit import Audit
-from droptune.search.posterior import robust_best
 from droptune.search.prediction import Process, Trace, Warp, expected_values, points
 from droptune.search.pruning import (
     FairPruner,
@@ -369,22 +368,6 @@ def test_pruned_trials_get_expected_values_for_samplers_that_need_them():
     errors = [expected[100 + i][0] - CURVES[i, -1] for i in OTHERS]
     assert np.abs(errors).max() < 0.15
     assert expected_values(cut, (NLL,), INTERVALS) == {}
-
-
-def test_the_robust_best_is_not_the_luckiest():
-    random = np.random.default_rng(0)
-    rates = random.uniform(0, 0.8, 40)
-    values = 1 + (rates - 0.6) ** 2 + 0.005 * random.normal(size=40)
-    lucky = int(np.argmin(rates))
-    values[lucky] = values.min() - 0.01  # far from the others that are good
-    records = [
-        record(i, p, 1e-3 * (1 + i), [v], State.COMPLETE)
-        for i, (p, v) in enumerate(zip(rates, values, strict=True))
-    ]
-    best = robust_best(records, NLL)
-    assert abs(best.record.training.assignment.mean_rate - 0.6) < 0.15
-    assert best.mean == pytest.approx(1.0, abs=0.05)
-    assert robust_best(records[:4], NLL) is None
 
 
 # -- what diverges ----------------------------------------------------------------------------

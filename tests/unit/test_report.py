@@ -10,8 +10,9 @@ import pytest
 from simulated import confirm, fashion, make_spec, pruned, search
 
 from droptune.errors import UsageError
-from droptune.report.report import badge, code, curse, html, markdown, render, text
-from droptune.report.tables import Table
+from droptune.report.report import _coded, badge, code, curse, html, markdown, render, text
+from droptune.report.tables import Table, comparisons
+from droptune.verdict.sentences import headline
 from droptune.verdict.verdict import judge
 from droptune.verdict.wording import change, difference, interval, level, rate
 
@@ -59,6 +60,21 @@ def test_the_verdict_comes_first(study, page):
     heading = re.search(r"<h1>(.*?)</h1>", page)[1].replace("\u00a0", " ")
     assert heading == study[1].sentence
     assert page.index("<h1>") < page.index("Rates to use") < page.index("How sure is that?")
+
+
+def test_sentences_and_table_give_a_difference_one_sign(study):
+    evidence, verdict = study
+    one = verdict.comparisons[0]
+    turned = replace(one.difference, mean=-0.015, low=-0.066, high=0.036)
+    one = replace(one, difference=turned)
+    assert one.outcome == "undetected"
+    row = comparisons(evidence, [one]).rows[0]
+    assert row[3:5] == ("+0.015", "[−0.036, +0.066]")
+    assert "by +0.015 nats [−0.036, +0.066]" in headline(evidence, "undetected", {"none": one})
+
+
+def test_what_stands_between_backticks_is_code():
+    assert _coded("1 < 2: `droptune study`") == "1 &lt; 2: <code>droptune study</code>"
 
 
 def test_an_unconfirmed_study_says_so(searched):
@@ -137,6 +153,8 @@ def test_figures_are_said_with_the_digits_that_they_have():
     assert level("nll", 0.45) == "0.450"
     assert level("mse", 1234.5) == "1234"
     assert (rate(0.0), rate(0.005), rate(0.5), rate(0.476)) == ("0", "0.005", "0.5", "0.48")
+    assert interval("nll", 0.0004, 0.22) == "[0.0004, 0.2200]"
+    assert interval("nll", 0.0, 0.22) == "[0.00, 0.22]"
     assert interval("nll", float("-inf"), float("inf")) == "[no interval]"
 
 

@@ -84,7 +84,8 @@ def test_the_script_of_a_study_that_searches_everything_reproduces_its_choice(tm
     assert model.dropout_share == pytest.approx(chosen.rates["dropout"], abs=1e-5)
     inserted = "inner.inserted-element"
     assert names["inserted"][inserted] == pytest.approx(chosen.rates[inserted], abs=1e-5)
-    assert f"#   dropout_1 (element): {chosen.rates['dropout_1']:.6g}" in lines  # a literal 0.3
+    literal = next(line for line in lines.splitlines() if "dropout_1 (element, " in line)
+    assert literal.endswith(f"program.py:17): {chosen.rates['dropout_1']:.6g}")
 
 
 class Block(nn.Module):

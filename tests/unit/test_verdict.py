@@ -272,7 +272,7 @@ def test_confirmation_can_be_switched_off():
     planned = plan(search(world(), make_spec(confirm={"enabled": False}), trials=12))
     assert planned.decided
     assert planned.queue == ()
-    assert "switched off" in planned.reason
+    assert "left out" in planned.reason
 
 
 def test_without_a_dropout_trial_there_is_nothing_to_confirm(searched):
@@ -328,7 +328,7 @@ def test_another_baseline_is_recommended_only_ahead_of_no_dropout(confirmed, riv
         if one.against in means
     ]
     assert {one.outcome for one in compared} == {"worse"}
-    found = _recommend(planned, compared, planned.winner, "worse", confirmed=True)
+    found = _recommend(planned, compared, planned.winner, "worse")
     assert found.choice == (rival if ahead else "none")
     assert ("by more than any other baseline" in found.reason) == (not ahead)
 
@@ -373,6 +373,30 @@ def test_before_confirmation_the_verdict_says_so(searched):
     assert verdict.sentence.startswith("NOT CONFIRMED")
     assert verdict.comparisons == ()
     assert any("confirmation is not finished" in hint for hint in verdict.hints)
+
+
+@pytest.mark.parametrize(("loss", "dropout"), [(helpful, True), (flat, False), (harmful, False)])
+def test_without_confirmation_dropout_is_recommended_where_it_leads_by_more_than_chance(
+    loss, dropout
+):
+    spec = make_spec(confirm={"enabled": False})
+    verdict = judge(search(world(loss, seed_sd=0.02), spec, trials=30))
+    choice = verdict.recommended.choice
+    assert (choice != "none") == dropout
+    assert verdict.recommended.trial == verdict.leading[choice]
+    assert verdict.hints[0].endswith("confirm now with: `droptune study confirm simulated`")
+
+
+def test_a_baseline_may_lead_the_search(searched):
+    half = next(member for member in best_baselines(searched) if member.label == "half")
+    records = tuple(
+        replace(r, values=(0.2,)) if r.training.number == half.trial else r
+        for r in searched.records
+    )
+    verdict = judge(replace(searched, records=records))
+    assert "the leading trial with dropout has NLL 0.200" in verdict.sentence
+    assert verdict.recommended.choice == "half"
+    assert verdict.recommended.trial == verdict.leading["winner"] == half.trial
 
 
 def test_test_scores_are_not_looked_at_before_all_is_decided(searched):
