@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import typer
@@ -22,8 +21,7 @@ def commands(group: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]
 
 
 def text() -> str:
-    os.environ |= {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
-    runner = CliRunner()
+    runner = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"})
     parts = ["# Command line\n\nWritten by `make docs`; do not edit.\n"]
     for words in commands(typer.main.get_command(app)):
         help_text = runner.invoke(app, [*words, "--help"], prog_name="droptune").stdout
