@@ -50,7 +50,7 @@ class Prepared:
     @property
     def baselines(self) -> list[NewTraining]:
         """The baselines that the budget has trials for, each at its first learning rate first."""
-        return self.space.baselines(self.spec.baselines)[: self.spec.full_trials]
+        return self.space.baselines(self.spec.baselines, self.spec.full_trials)
 
     def describe(self) -> str:
         """Sites, rates and how they will train, in one line."""

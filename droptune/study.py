@@ -365,7 +365,7 @@ class Study:
         """What confirming will cost at least and at most, before the search has run."""
         from droptune.verdict.confirmation import predicted_cost
 
-        trained = self.space.baselines(self.spec.baselines)[: self.spec.full_trials]
+        trained = self.space.baselines(self.spec.baselines, self.spec.full_trials)
         baselines = len({new.label for new in trained})
         trials = self.spec.budget.trials or 0
         return predicted_cost(

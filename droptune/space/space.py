@@ -177,8 +177,8 @@ class Space:
         merged = self.merged(wanted)
         return {n: of for n, of in self._wanted_rates(wanted).items() if n not in merged}
 
-    def baselines(self, wanted: Baselines) -> list[NewTraining]:
-        """The trainings of the baselines, each with `wanted.trials` learning rates.
+    def baselines(self, wanted: Baselines, most: int | None = None) -> list[NewTraining]:
+        """The first `most` trainings of the baselines, each with `wanted.trials` learning rates.
 
         The rates lie evenly on the log scale over the searched range, the nearest of them
         replaced by the author's, which comes first (the middle one where the author's lies
@@ -192,7 +192,7 @@ class Space:
             )
             for index, lr in enumerate(lrs)
             for name, rates in self._baseline_rates(wanted).items()
-        ]
+        ][:most]
 
     def _lr_grid(self, count: int) -> list[float]:
         inside = self.lr.low <= self.author_lr <= self.lr.high
