@@ -87,12 +87,13 @@ def nearest(given: str, choices: Iterable[str]) -> str:
 
     What files have in common, `.py` or `.yaml`, makes none of them close.
     """
-    known = {_without_suffix(word): word for word in sorted(choices)}
+    words = sorted(choices)
+    known = {_without_suffix(word): word for word in words}
     bare = _without_suffix(given)
     close = difflib.get_close_matches(bare, known, n=3, cutoff=0.7 if len(bare) <= SHORT else 0.6)
     if close:
         return f" (did you mean {' or '.join(repr(known[word]) for word in close)}?)"
-    return f" (possible: {', '.join(known.values())})" if known else ""
+    return f" (possible: {', '.join(words)})" if words else ""
 
 
 def _without_suffix(word: str) -> str:
