@@ -67,6 +67,7 @@ def sites(monkeypatch, capsys, tmp_path):
     (tmp_path / "model.py").write_text(MODEL)
     (tmp_path / "program.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["droptune", "sites", *arguments])
