@@ -16,8 +16,9 @@ NOT_CONFIRMED = "NOT CONFIRMED"
 
 @dataclass(frozen=True)
 class Answer:
-    """The verdict in SQL, as far as it is confirmed; empty (and false) before."""
+    """The verdict in SQL: confirmed, or from the search alone once it is done; else empty."""
 
+    confirmed: bool = False
     sentence: str = ""
     details: tuple[str, ...] = ()
     recommended: Assignment | None = None
@@ -25,11 +26,12 @@ class Answer:
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, verdict: Mapping[str, Any] | None) -> Answer:
-        if not verdict or not verdict.get("confirmed"):
+    def of(cls, verdict: Mapping[str, Any] | None, *, done: bool) -> Answer:
+        if not verdict or not (verdict["confirmed"] or done):
             return cls()
         chosen = verdict.get("recommended") or {}
         return cls(
+            confirmed=bool(verdict["confirmed"]),
             sentence=str(verdict["sentence"]),
             details=tuple(verdict.get("details", ())),
             recommended=Assignment.from_json(chosen["assignment"]) if chosen else None,
@@ -37,12 +39,9 @@ class Answer:
             warnings=(*verdict.get("warnings", ()), *verdict.get("hints", ())),
         )
 
-    def __bool__(self) -> bool:
-        return bool(self.sentence)
-
     def line(self, name: str, records: Sequence[Record], objective: Objective) -> str:
-        """The answer in one line, that of the search alone where nothing is confirmed."""
-        if self:
+        """The answer in one line; the best values so far where there is none yet."""
+        if self.sentence:
             return f"{name}: {self.sentence}"
         best = runs.best_of(trials(records), objective)
         if best is None:
@@ -56,7 +55,7 @@ class Answer:
 
     def champion(self, records: Sequence[Record], objective: Objective) -> Record | None:
         """The confirmation of what is recommended that did best on validation."""
-        if self.recommended is None:
+        if self.recommended is None or not self.confirmed:
             return None
         from droptune.verdict.evidence import key
 

@@ -169,7 +169,7 @@ class Mirror:
     def _refresh(self, tenure: Tenure, records: Sequence[Record], now: bool) -> None:
         """The study's own run and its model; seldom where drawing its figures takes long."""
         began = time.monotonic()
-        answer = Answer.of(self._storage.get_verdict(self._row.id))
+        answer = Answer.of(self._storage.get_verdict(self._row.id), done=self._row.phase == "done")
         artifacts = self._extras(self._row, records)
         tenure.parent.refresh(MirroredStudy.of(self._row), records, answer, artifacts)
         took = time.monotonic() - began

@@ -248,10 +248,27 @@ def test_the_first_line_says_not_confirmed_until_it_is():
     first = note.note(STUDY, found, Answer()).splitlines()[0]
     expected = "**digits: NOT CONFIRMED · best val/nll 0.4 (trial 0002) against none 0.5**"
     assert first == expected
-    said = Answer.of({"confirmed": True, "sentence": "rates beat no dropout by 0.1"})
+    verdict = {"confirmed": True, "sentence": "rates beat no dropout by 0.1"}
+    said = Answer.of(verdict, done=False)
     confirmed = note.note(STUDY, found, said).splitlines()[0]
     assert confirmed == "**digits: rates beat no dropout by 0.1**"
     assert "no completed trial" in note.note(STUDY, [], Answer())
+
+
+def test_a_study_that_is_done_says_what_its_search_says_without_confirmation():
+    assignment = {"rates": {"fc1": 0.0}, "lr": 0.001, "values": {}}
+    verdict = {
+        "confirmed": False,
+        "sentence": "NOT CONFIRMED: the leading trial",
+        "recommended": {"assignment": assignment, "reason": "no dropout leads; not confirmed"},
+    }
+    found = [record(2, value=0.4, rates={"fc1": 0.7})]
+    text = note.note(STUDY, found, Answer.of(verdict, done=True))
+    assert text.startswith("**digits: NOT CONFIRMED: the leading trial**")
+    assert "Recommended: no dropout leads; not confirmed" in text
+    assert "| `fc1` | 0.000 |" in text
+    assert Answer.of(verdict, done=True).champion(found, NLL) is None
+    assert Answer.of(verdict, done=False) == Answer()  # it is searched again: no longer true
 
 
 def test_saved_views_fit_into_a_tag_however_many_sites_there_are():
