@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -353,15 +354,16 @@ def trainer_of(recipe: Recipe, width: int) -> Trainer:
 
 def _best_width(recipe: Recipe, study: Studied) -> int:
     most = widest(study.spec)
-    device, code = _device_name(recipe.device), _code(recipe, study, most)
+    device, code = _device_name(recipe.device), _code(recipe, study)
     known = study.storage.recall_width(device, code)
     if known is not None:
         return WidthChoice.from_json(known).width
     gib = study.spec.training.memory
     memory = None if gib is None else int(gib * 2**30)
-    choice = choose_width(recipe, trainer_of, most=most, memory=memory)
+    trials = study.spec.budget.trials or math.inf
+    choice = choose_width(recipe, trainer_of, most=most, memory=memory, trials=trials)
     study.storage.remember_width(device, code, choice.to_json())
-    log.info("width %d is the fastest here (%s)", choice.width, choice.ended)
+    log.info("width %d is the best here (%s)", choice.width, choice.ended)
     return choice.width
 
 
@@ -380,7 +382,7 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} {platform.processor() or platform.machine()} {os.cpu_count()} cores"
 
 
-def _code(recipe: Recipe, study: Studied, most: int) -> str:
+def _code(recipe: Recipe, study: Studied) -> str:
     """What a measured width depends on, beside the device."""
     facts = {
         "files": study.row.meta.get("fingerprint"),
@@ -388,7 +390,7 @@ def _code(recipe: Recipe, study: Studied, most: int) -> str:
         "threads": torch.get_num_threads(),
         "precision": recipe.precision,
         "accumulate": recipe.accumulate,
-        "most": most,
+        "trials": study.spec.budget.trials,
         "memory": study.spec.training.memory,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

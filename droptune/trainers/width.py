@@ -64,15 +64,19 @@ def choose_width(
     *,
     most: int = WIDTHS[-1],
     memory: int | None = None,
+    trials: float = math.inf,
 ) -> WidthChoice:
     """Measure 1 (solo), 4, 16, … up to `most`, then between and beside the best.
 
     `make(recipe, width)` makes a trainer; `memory` bytes may be used (None: a share of what is
     free now). Takes seconds. Width 1 is an answer like any other. What loading a batch of
     streamed data takes is shared by a group.
+
+    Trials that begin together learn nothing from each other, neither where to search nor when to
+    prune: in a search of so many `trials`, a group has to save the share of them that it is.
     """
     budget = free_memory(recipe.device) if memory is None else memory
-    measured = _Measured(recipe, make, budget)
+    measured = _Measured(recipe, make, budget, trials)
     for width in _ladder(most):
         if not measured.goes_on(width):
             break
@@ -92,8 +96,11 @@ def _ladder(most: int) -> list[int]:
 class _Measured:
     """The widths tried so far."""
 
-    def __init__(self, recipe: Recipe, make: Callable[[Recipe, int], Trainer], memory: int) -> None:
+    def __init__(
+        self, recipe: Recipe, make: Callable[[Recipe, int], Trainer], memory: int, trials: float
+    ) -> None:
         size = recipe.program.batch_size
+        self._trials = trials
         self._make = make
         self._memory = memory
         started = time.perf_counter()
@@ -107,12 +114,15 @@ class _Measured:
         self.ended = "the widest that was asked for"
 
     def best(self) -> Tried:
-        """The fastest; of almost equal ones the narrowest."""
+        """The fastest for the search; of almost equal ones the narrowest."""
         best = self.tried[0]
         for tried in sorted(self.tried, key=lambda each: each.width):
-            if self._seconds(tried) < GAIN * self._seconds(best):
+            if self._cost(tried) < GAIN * self._cost(best):
                 best = tried
         return best
+
+    def _cost(self, tried: Tried) -> float:
+        return self._seconds(tried) * (1 + tried.width / self._trials)
 
     def _seconds(self, tried: Tried) -> float:
         """For an update of one training, and its share of loading the data."""
