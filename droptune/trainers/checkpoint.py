@@ -67,15 +67,19 @@ class Directory:
 
     def delete(self, name: str) -> None:
         path = self.root / name
-        for gone in (path, *path.parent.glob(f"{_WRITING}*")):  # of a writer that was killed
-            gone.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process removed the folder meanwhile
+            for left in path.parent.glob(f"{_WRITING}*"):  # by a writer that was killed
+                left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others lie there
             path.parent.rmdir()
 
     def names(self, prefix: str) -> list[str]:
         folder = self.root / prefix.rpartition("/")[0]
-        found = (p.relative_to(self.root).as_posix() for p in folder.rglob("*.safetensors"))
-        return sorted(name for name in found if name.startswith(prefix))
+        # unlike rglob, os.walk goes on where another process removes a folder meanwhile
+        files = (Path(place, file) for place, _, found in os.walk(folder) for file in found)
+        names = (f.relative_to(self.root).as_posix() for f in files if f.suffix == ".safetensors")
+        return sorted(name for name in names if name.startswith(prefix))
 
 
 def _temporary(folder: Path) -> tuple[int, str]:
