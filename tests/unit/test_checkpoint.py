@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,3 +192,23 @@ def test_a_writer_that_dies_leaves_what_was_there(tmp_path):
     (tmp_path / "5" / ".writing-x").write_bytes(b"half")
     assert directory.get("5/a.safetensors") == b"whole"
     assert directory.names("5/") == ["5/a.safetensors"]
+
+
+def test_listing_goes_on_while_others_remove_folders(tmp_path):
+    blobs, over = Directory(tmp_path), threading.Event()
+
+    def come_and_go():
+        while not over.is_set():
+            for number in range(20):
+                blobs.put(f"{number}/1.safetensors", b"x")
+            for number in range(20):
+                blobs.delete(f"{number}/1.safetensors")
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        for _ in range(400):
+            blobs.names("")
+    finally:
+        over.set()
+        other.join()
