@@ -360,7 +360,7 @@ def _best_width(recipe: Recipe, study: Studied) -> int:
         return WidthChoice.from_json(known).width
     gib = study.spec.training.memory
     memory = None if gib is None else int(gib * 2**30)
-    trials = study.spec.budget.trials or math.inf
+    trials = study.spec.full_trials or math.inf
     choice = choose_width(recipe, trainer_of, most=most, memory=memory, trials=trials)
     study.storage.remember_width(device, code, choice.to_json())
     log.info("width %d is the best here (%s)", choice.width, choice.ended)
@@ -372,7 +372,7 @@ def widest(spec: StudySpec) -> int:
 
     What a sampler learns from a trial helps only trials that begin after it.
     """
-    trials = spec.budget.trials
+    trials = spec.full_trials
     return WIDTHS[-1] if trials is None else min(max(trials // 3, 8), WIDTHS[-1])
 
 
@@ -390,7 +390,7 @@ def _code(recipe: Recipe, study: Studied) -> str:
         "threads": torch.get_num_threads(),
         "precision": recipe.precision,
         "accumulate": recipe.accumulate,
-        "trials": study.spec.budget.trials,
+        "trials": study.spec.full_trials,
         "memory": study.spec.training.memory,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
