@@ -1,10 +1,14 @@
 """What all tests share: one thread per process, and the databases."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What is printed must not depend on the terminal that the tests are run from.
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
+# Started in the background by a script, this process and all that it starts would ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["databases"]
