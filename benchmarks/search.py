@@ -33,7 +33,8 @@ from droptune.search.sampling import Proposer
 from droptune.space.parameters import RateParameter, ValueParameter
 from droptune.space.space import Space
 from droptune.spec.objective import Objective
-from droptune.spec.spec import Baselines, Sampler, StudySpec
+from droptune.spec.sections import Baselines, Sampler
+from droptune.spec.spec import StudySpec
 from droptune.training import Assignment, Record, Seeds, State, Training, TrainingKind
 
 CURVES = Path(__file__).parent / "curves"

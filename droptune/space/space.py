@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
     from droptune.sites.site import Site
-    from droptune.spec.spec import Baselines, SpaceSpec, StudySpec
+    from droptune.spec.sections import Baselines, SpaceSpec
+    from droptune.spec.spec import StudySpec
 
 __all__ = ["Parameter", "Space", "suggest_groups"]
 

@@ -14,7 +14,7 @@ from droptune.spec.ranges import MAX_RATE, RateRange
 
 if TYPE_CHECKING:
     from droptune.sites.site import Site
-    from droptune.spec.spec import SpaceSpec
+    from droptune.spec.sections import SpaceSpec
 
 ROLE_HIGH = {"input": 0.3, "embedding": 0.5}  # Srivastava 2014: keep 0.8 of real-valued inputs
 

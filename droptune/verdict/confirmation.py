@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from droptune.spec.spec import Confirm
+from droptune.spec.sections import Confirm
 from droptune.training import Assignment, NewTraining, Record, Seeds, TrainingKind
 from droptune.verdict.evidence import Evidence, key, usable
 from droptune.verdict.member import Member, best_baselines, front_runners

@@ -24,7 +24,8 @@ from droptune.search.pruning import (
     make_pruner,
 )
 from droptune.spec.objective import Objective
-from droptune.spec.spec import Pruner, StudySpec
+from droptune.spec.sections import Pruner
+from droptune.spec.spec import StudySpec
 from droptune.training import Assignment, Record, Seeds, State, Training, TrainingKind
 
 INTERVALS = 40

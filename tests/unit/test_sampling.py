@@ -12,7 +12,8 @@ from droptune.search.sampling import Proposer, from_unit, to_unit
 from droptune.space.parameters import RateParameter, ValueParameter
 from droptune.space.space import Space
 from droptune.spec.objective import Objective
-from droptune.spec.spec import Baselines, Sampler, StudySpec
+from droptune.spec.sections import Baselines, Sampler
+from droptune.spec.spec import StudySpec
 from droptune.training import Record, Seeds, State, Training, TrainingKind
 
 NAMES = ["tpe", "gp", "cmaes", "random", "qmc"]

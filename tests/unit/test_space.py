@@ -19,7 +19,8 @@ from droptune.space.grouping import depth_profile, matches, patterns, suggest_gr
 from droptune.space.parameters import ZERO_SHARE, RateParameter, ValueParameter
 from droptune.space.space import Space
 from droptune.space.template import study_file
-from droptune.spec.spec import Baselines, StudySpec
+from droptune.spec.sections import Baselines
+from droptune.spec.spec import StudySpec
 from droptune.training import Assignment
 
 KINDS = ("element", "channel", "attention", "recurrent", "path")

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from droptune.errors import SpecError
-from droptune.spec.spec import PRUNERS, SAMPLERS, Objective, StudySpec, json_schema
+from droptune.spec.sections import PRUNERS, SAMPLERS
+from droptune.spec.spec import Objective, StudySpec, json_schema
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 PLAIN = {"name": "x", "program": "x.py"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from simulated import World, confirm, fashion, make_record, make_spec, pruned, search, train
 
-from droptune.spec.spec import Confirm
+from droptune.spec.sections import Confirm
 from droptune.training import NewTraining, Seeds, State, TrainingKind
 from droptune.verdict.comparison import ablations, after_scaling, compare, example_scores
 from droptune.verdict.confirmation import (
