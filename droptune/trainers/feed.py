@@ -112,19 +112,15 @@ class Feed:
         self, data: InMemory, seeds: Sequence[int], done: Sequence[int], count: int
     ) -> Iterator[Update]:
         """Updates of trainings at different places in their passes, where all batches are alike."""
-        known: dict[tuple[int, int], Tensor] = {}
-        for step in range(count):
-            places = [
-                (seed, *divmod(d + step, self.updates)) for seed, d in zip(seeds, done, strict=True)
-            ]
-            known = {
-                (seed, number): known[seed, number]
-                if (seed, number) in known
-                else epoch_order(data.n, seed, number)
-                for seed, number, _ in places
-            }
-            parts = [known[s, number][slice(*self._bounds[place])] for s, number, place in places]
-            yield self._gather(data, torch.stack(parts).to(self._device))
+        size, order_of = self._bounds[0][1], functools.cache(functools.partial(epoch_order, data.n))
+        rows = []
+        for seed, start in zip(seeds, done, strict=True):
+            passes = range(start // self.updates, (start + count - 1) // self.updates + 1)
+            order = torch.cat([order_of(seed, number) for number in passes])
+            place = start % self.updates
+            rows.append(order[place * size : (place + count) * size])
+        for part in torch.stack(rows).to(self._device).split(size, dim=1):
+            yield self._gather(data, part)
 
     def is_shared(self, seeds: Sequence[int], done: Sequence[int]) -> bool:
         """Whether all these trainings see the same examples."""
@@ -141,11 +137,8 @@ class Feed:
         """The order of the examples: [n], or one for each training [k, n]."""
         if shared:
             return epoch_order(self.data.n, seeds[0], passes[0]).to(self._device)
-        known: dict[tuple[int, int], Tensor] = {}
-        for key in zip(seeds, passes, strict=True):
-            if key not in known:
-                known[key] = epoch_order(self.data.n, *key)
-        orders = [known[key] for key in zip(seeds, passes, strict=True)]
+        order_of = functools.cache(functools.partial(epoch_order, self.data.n))
+        orders = [order_of(seed, number) for seed, number in zip(seeds, passes, strict=True)]
         return torch.stack(orders).to(self._device)
 
     def _gather(self, data: InMemory, order: Tensor) -> Update:

@@ -8,10 +8,12 @@ import random
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from droptune.errors import ProgramError
@@ -19,14 +21,17 @@ from droptune.program.data import InMemory, Streamed
 from droptune.program.program import Program, adapt, classification
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
+from droptune.trainers import batched
 from droptune.trainers.checkpoint import CheckpointStore
 from droptune.trainers.fused import Fused
 from droptune.trainers.fusibility import fusible
+from droptune.trainers.interval import Chunk, Interval
 from droptune.trainers.memory import is_out_of_memory
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.resumption import what_is_lost
 from droptune.trainers.slot import Interrupted, Outcome, Snapshot, Trainer
 from droptune.trainers.solo import Solo
+from droptune.trainers.stack import take_apart
 from droptune.training import Assignment, Seeds, Training, TrainingKind
 
 TOLERANCE = 1e-9
@@ -188,6 +193,12 @@ def _vit() -> Program:
     return _classify(lambda: transformers.ViTForImageClassification(config), inputs, 12)
 
 
+def _alike() -> Program:
+    """Three updates to a pass, all of the same size."""
+    validation = _noise(6, 1, 8, 8), _labels(6)
+    return _classify(Cnn, _noise(24, 1, 8, 8), 24, lr=1e-3, validation=validation)
+
+
 PROGRAMS = {
     "mlp with batch norm": lambda: _classify(Mlp, _noise(22, 6), optimizer=_grouped, lr=2e-3),
     "cnn": lambda: _classify(Cnn, _noise(22, 1, 8, 8), optimizer="sgd", lr=0.05),
@@ -333,6 +344,65 @@ def test_every_program_is_found_fusible_by_trying(name):
     assert found.ok, found.reason
 
 
+def on_meta(recipe: Recipe, monkeypatch) -> Recipe:
+    """The recipe on a device without numbers: to ask for one there is an error, as it is to bring
+    a tensor of another device along."""
+    meta, program, model = torch.device("meta"), recipe.program, recipe.fresh_model(0)
+    parts = take_apart(recipe, model, recipe.install(model))  # looks at numbers, once
+    varying, shared = ({n: t.to(meta) for n, t in p.items()} for p in (parts.varying, parts.shared))
+    moved = replace(parts, varying=varying, shared=shared)
+    monkeypatch.setattr(batched, "take_apart", lambda *_: moved)
+
+    def made() -> nn.Module:
+        with meta:  # to move a model there would untie its weights
+            return program.model()
+
+    return replace(recipe, program=replace(program, model=made), device=meta, _kept={})
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations, views among them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches(recipe: Recipe, width: int) -> list[int]:
+    """The operations of each update but the first of an interval of so many slots, which may ask
+    for numbers only at its end."""
+    fused, at = Fused(recipe, width), []
+    for slot in range(width):
+        fused.fill(slot, training(recipe, slot))
+        fused._slots[slot].updates = slot * (recipe.interval_updates or 0)
+    chunk = Chunk(slice(0, width), (), tuple(fused._slots.values()))
+    interval = Interval(fused._model, fused._optimizer, chunk)
+    step, operations = interval._optimizer.step, _Operations()
+    interval._optimizer.step = lambda *a: (step(*a), at.append(operations.count))
+    with operations, pytest.raises(NotImplementedError, match="out of meta tensor"):
+        interval.train(lambda: None)
+    assert len(at) == recipe.updates(0)
+    return np.diff(at).tolist()
+
+
+LOOKING = ("bert", "gpt2")  # at numbers themselves, in every forward: whether a mask masks
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in LOOKING])
+def test_no_update_waits_for_the_device_or_has_more_operations_for_more_slots(name, monkeypatch):
+    recipe = on_meta(recipe_of(name), monkeypatch)
+    launches(recipe, 1)  # what is made once and kept
+    assert launches(recipe, 2) == launches(recipe, 5)
+
+
+def test_no_update_waits_where_slots_are_at_places_of_their_own(monkeypatch):
+    recipe = on_meta(make_recipe(_alike(), interval_updates=4), monkeypatch)
+    launches(recipe, 1)
+    assert launches(recipe, 2) == launches(recipe, 5)
+
+
 @pytest.mark.parametrize("name", ["mlp with batch norm", "transformer with padding"])
 def test_neighbours_and_slot_numbers_do_not_matter(name):
     recipe = recipe_of(name)
@@ -408,7 +478,7 @@ def test_intervals_of_some_updates_go_over_the_ends_of_passes():
 
 
 def test_refills_inside_a_pass_of_equal_batches_see_their_own_examples():
-    recipe = make_recipe(_classify(Cnn, _noise(24, 1, 8, 8), 24, lr=1e-3), interval_updates=2)
+    recipe = make_recipe(_alike(), interval_updates=2)
     first, second = training(recipe, 0), training(recipe, 1)
     fused = Fused(recipe, 2)
     fused.fill(0, first)
