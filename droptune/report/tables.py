@@ -73,7 +73,8 @@ def rates(evidence: Evidence, verdict: Verdict) -> Table | None:
         return None
     other = recommended.assignment != verdict.winner.assignment
     use = "rate to use" if verdict.confirmed else "best so far"
-    head = ("site", use, *(("dropout found",) if other else ()), "as good", "author's")
+    found = ("dropout found", "as good as that") if other else ("as good",)
+    head = ("site", use, *found, "author's")
     rows = [
         (
             site.path,

@@ -33,8 +33,8 @@ class Finding:
 class SiteFinding(Finding):
     """One site: the rate recommended, the winner's, and what the search says around that.
 
-    `near` is the range of rates that the response surface cannot tell from the best one, all else
-    as in the winner; `importance` the mean loss of the objective when the rate is drawn from its
+    `near` is the range of rates around the winner's that are as good by the response surface, or
+    not to be told from the best one, all else as in the winner; `importance` the mean loss of the objective when the rate is drawn from its
     range; `edge` "low" or "high" where the rate lies at the end of the range searched.
     """
 

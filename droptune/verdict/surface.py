@@ -48,7 +48,7 @@ class Slice:
     at: Array  # [GRID], in the input's own units
     mean: Array
     error: Array
-    near: tuple[float, float]  # where it cannot be told from the best of the slice
+    near: tuple[float, float]  # as good as the assignment's own place, or as far as can be told
     importance: float  # mean loss when this input is drawn at random from its range
 
 
@@ -118,12 +118,13 @@ class Surface:
             self._low[column], self._low[column] + self._span[column], GRID
         )
         mean, error = self._benefit(raw)
-        best = int(mean.argmax())
-        close = mean >= mean[best] - error[best]
-        first, last = _run(close, best)
-        at = 10 ** raw[:, column] if one.log else raw[:, column]
+        here = one.of(through)
+        best, own = int(mean.argmax()), int(np.abs(raw[:, column] - here).argmin())
+        first, last = _run(mean >= min(mean[own], mean[best] - error[best]), own)
+        near = np.array([min(raw[first, column], here), max(raw[last, column], here)])
+        at, (low, high) = _own_units(one, raw[:, column]), _own_units(one, near).tolist()
         lost = float(mean[best] - mean.mean())
-        return Slice(one, at, self.sign * mean, error, (float(at[first]), float(at[last])), lost)
+        return Slice(one, at, self.sign * mean, error, (low, high), lost)
 
     def slices(self, through: Assignment) -> tuple[Slice, ...]:
         """The slices along all inputs through an assignment."""
@@ -219,9 +220,9 @@ def _fit(unit: Array, target: Array) -> Any:
         return process.fit(unit, target)
 
 
-def _run(close: Array, best: int) -> tuple[int, int]:
+def _run(close: Array, index: int) -> tuple[int, int]:
     """The unbroken run of True around an index."""
-    first = last = best
+    first = last = index
     while first > 0 and close[first - 1]:
         first -= 1
     while last < len(close) - 1 and close[last + 1]:

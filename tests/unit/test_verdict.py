@@ -530,7 +530,7 @@ def test_importance_and_regions(whole):
     assert set(verdict.importance) == {"drop1", "drop2", "head.drop", "lr"}
     assert verdict.importance["drop2"] > verdict.importance["drop1"]
     for site in verdict.sites:
-        assert site.near[0] <= site.near[1]
+        assert site.near[0] <= site.winner <= site.near[1]
     assert any("end of its range" in line for line in verdict.warnings)
 
 
