@@ -33,9 +33,10 @@ class Finding:
 class SiteFinding(Finding):
     """One site: the rate recommended, the winner's, and what the search says around that.
 
-    `near` is the range of rates around the winner's that are as good by the response surface, or
-    not to be told from the best one, all else as in the winner; `importance` the mean loss of the objective when the rate is drawn from its
-    range; `edge` "low" or "high" where the rate lies at the end of the range searched.
+    `near` is the range of rates around the winner's that the response surface has as good, or
+    cannot tell from the best one, all else as in the winner; `importance` the mean loss of the
+    objective when the rate is drawn from its range; `edge` "low" or "high" where the rate lies at
+    the end of the range searched.
     """
 
     path: str

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from droptune.errors import ProgramError
@@ -23,6 +24,7 @@ from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.trainers import batched
 from droptune.trainers.checkpoint import CheckpointStore
+from droptune.trainers.evaluation import measure_stack
 from droptune.trainers.fused import Fused
 from droptune.trainers.fusibility import fusible
 from droptune.trainers.interval import Chunk, Interval
@@ -361,27 +363,38 @@ def on_meta(recipe: Recipe, monkeypatch) -> Recipe:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations, views among them."""
+    """Counts operations, views among them; none may be of tensors on two devices."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += 1
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+        assert len({tensor.device for tensor in tensors}) <= 1, func
         return func(*args, **(kwargs or {}))
+
+
+def filled(recipe: Recipe, width: int) -> tuple[Fused, Chunk]:
+    """So many slots, each at a place of its own where intervals are not whole passes."""
+    fused = Fused(recipe, width)
+    for slot in range(width):
+        fused.fill(slot, training(recipe, slot))
+        fused._slots[slot].updates = slot * (recipe.interval_updates or 0)
+    return fused, Chunk(slice(0, width), tuple(range(width)), tuple(fused._slots.values()))
+
+
+def numbers_asked_for():
+    return pytest.raises(NotImplementedError, match="out of meta tensor")
 
 
 def launches(recipe: Recipe, width: int) -> list[int]:
     """The operations of each update but the first of an interval of so many slots, which may ask
     for numbers only at its end."""
-    fused, at = Fused(recipe, width), []
-    for slot in range(width):
-        fused.fill(slot, training(recipe, slot))
-        fused._slots[slot].updates = slot * (recipe.interval_updates or 0)
-    chunk = Chunk(slice(0, width), (), tuple(fused._slots.values()))
-    interval = Interval(fused._model, fused._optimizer, chunk)
-    step, operations = interval._optimizer.step, _Operations()
+    fused, chunk = filled(recipe, width)
+    interval, operations, at = Interval(fused._model, fused._optimizer, chunk), _Operations(), []
+    step = interval._optimizer.step
     interval._optimizer.step = lambda *a: (step(*a), at.append(operations.count))
-    with operations, pytest.raises(NotImplementedError, match="out of meta tensor"):
+    with numbers_asked_for(), operations:
         interval.train(lambda: None)
     assert len(at) == recipe.updates(0)
     return np.diff(at).tolist()
@@ -395,6 +408,20 @@ def test_no_update_waits_for_the_device_or_has_more_operations_for_more_slots(na
     recipe = on_meta(recipe_of(name), monkeypatch)
     launches(recipe, 1)  # what is made once and kept
     assert launches(recipe, 2) == launches(recipe, 5)
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in LOOKING])
+def test_an_evaluation_asks_for_numbers_only_at_its_end(name, monkeypatch):
+    fused, chunk = filled(on_meta(recipe_of(name), monkeypatch), 3)
+
+    def measured(metrics, predicted, targets):
+        with numbers_asked_for():
+            measure_stack(metrics, predicted, targets)
+        return [{} for _ in predicted]
+
+    monkeypatch.setattr("droptune.trainers.fused.measure_stack", measured)
+    with _Operations():
+        assert fused._evaluate(chunk) == ([{}] * 3, [{}] * 3)
 
 
 def test_no_update_waits_where_slots_are_at_places_of_their_own(monkeypatch):
