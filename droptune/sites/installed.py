@@ -158,12 +158,12 @@ class Installed:
             yield
 
     def _levels_of(self, rates: Tensor) -> Levels:
-        """Rates seldom change from update to update: remembered where looking is free (not on a
-        device that would have to be waited for)."""
-        if rates.device.type != "cpu" or is_functorch_wrapped_tensor(rates):
+        """Rates seldom change from update to update: what follows from them is remembered, for the
+        same tensor, or where looking is free (not on a device that would have to be waited for)."""
+        if is_functorch_wrapped_tensor(rates):
             return Levels.of(rates)
         if self._levels is None or not _equal(self._levels[0], rates):
-            own = rates.clone()
+            own = rates.clone() if rates.device.type == "cpu" else rates
             self._levels = (own, Levels.of(own))
         return self._levels[1]
 
@@ -191,7 +191,9 @@ class Installed:
 
 
 def _equal(known: Tensor, rates: Tensor) -> bool:
-    return known.dtype == rates.dtype and torch.equal(known, rates)
+    if rates.device.type != "cpu" or known.dtype != rates.dtype:
+        return known is rates
+    return torch.equal(known, rates)
 
 
 def _needs_watch(module: nn.Module) -> bool:

@@ -208,7 +208,8 @@ def behind_vmap(rates: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, int | None
 
 
 def _slots_first(batched: Tensor) -> Tensor:
-    return functorch.get_unwrapped(batched).movedim(functorch.maybe_get_bdim(batched), 0)
+    plain, dimension = functorch.get_unwrapped(batched), functorch.maybe_get_bdim(batched)
+    return plain.movedim(dimension, 0) if dimension else plain
 
 
 def noises(rates: Tensor, keys: Tensor) -> list[Noise]:

@@ -27,7 +27,7 @@ class Course:
         self.count = count
         at = [_progress(slot, count) for slot in slots]
         self.factors: Array = np.stack([recipe.learning_rates(x) for x in at], axis=1)
-        self._rates = _rates(recipe, slots, at).unbind(0)
+        self._rates = _rates(recipe, slots, at)
         self._sites = len(recipe.sites)
         self._seeds = torch.tensor(
             [split_seed(slot.training.seeds.weights) for slot in slots],
@@ -40,7 +40,8 @@ class Course:
         self._keys: dict[int, tuple[int, Sequence[Tensor]]] = {}
 
     def rates(self, update: int) -> Tensor:
-        """Rates [k, sites] in update number `update` of the interval."""
+        """Rates [k, sites] in update number `update` of the interval; the same tensor as long as
+        they stay."""
         return self._rates[update]
 
     def keys(self, update: int, micro: int) -> Tensor:
@@ -62,11 +63,14 @@ def _progress(slot: Slot, count: int) -> Array:
     return at
 
 
-def _rates(recipe: Recipe, slots: Sequence[Slot], at: Sequence[Array]) -> Tensor:
+def _rates(recipe: Recipe, slots: Sequence[Slot], at: Sequence[Array]) -> Sequence[Tensor]:
     base = np.array([recipe.base_rates(slot.assignment) for slot in slots])
     base = base.reshape(len(slots), len(recipe.sites))
     factors = np.stack(
         [rate_factors(slot.assignment.values, x) for slot, x in zip(slots, at, strict=True)], 1
     )
-    rates = torch.as_tensor(factors[:, :, None] * base[None])
-    return rates.to(recipe.device, torch.float32 if recipe.device.type == "mps" else None)
+    moved = [0, *(np.flatnonzero((factors[1:] != factors[:-1]).any(1)) + 1)]
+    rates = torch.as_tensor(factors[moved, :, None] * base[None])
+    different = rates.to(recipe.device, torch.float32 if recipe.device.type == "mps" else None)
+    lasting = np.diff([*moved, len(factors)])
+    return [r for r, n in zip(different.unbind(0), lasting, strict=True) for _ in range(n)]

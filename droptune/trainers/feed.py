@@ -119,7 +119,7 @@ class Feed:
             order = torch.cat([order_of(seed, number) for number in passes])
             place = start % self.updates
             rows.append(order[place * size : (place + count) * size])
-        for part in torch.stack(rows).to(self._device).split(size, dim=1):
+        for part in torch.split(torch.stack(rows).to(self._device), size, dim=1):
             yield self._gather(data, part)
 
     def is_shared(self, seeds: Sequence[int], done: Sequence[int]) -> bool:
