@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from droptune.program.program import classification
+from droptune.program.short_form import classification
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.trainers.fused import trainer_of

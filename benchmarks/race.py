@@ -43,7 +43,7 @@ import torch
 import yaml
 from torch.nn import functional
 
-from droptune.program.program import load_program
+from droptune.program.loading import load_program
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.trainers.fused import trainer_of

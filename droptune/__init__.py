@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from droptune.program.program import Program, classification, regression
+    from droptune.program.program import Program
+    from droptune.program.short_form import classification, regression
     from droptune.search.pruning import FairPruner
     from droptune.sites.installed import apply_rates, find_sites, restore
     from droptune.study import Study
@@ -35,9 +36,9 @@ _HOMES = {
     "Program": "droptune.program.program",
     "Study": "droptune.study",
     "apply_rates": "droptune.sites.installed",
-    "classification": "droptune.program.program",
+    "classification": "droptune.program.short_form",
     "find_sites": "droptune.sites.installed",
-    "regression": "droptune.program.program",
+    "regression": "droptune.program.short_form",
     "restore": "droptune.sites.installed",
     "tune": "droptune.tuning",
 }

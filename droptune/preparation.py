@@ -14,7 +14,9 @@ import torch
 
 from droptune.errors import ConfigurationError, SiteError, SpecError
 from droptune.program.data import Streamed
-from droptune.program.program import Program, default_values, load_program
+from droptune.program.declared import default_values
+from droptune.program.loading import load_program
+from droptune.program.program import Program
 from droptune.program.source import fingerprint
 from droptune.search.pruning import make_pruner
 from droptune.search.sampling import FIRST_WAVE, Proposer

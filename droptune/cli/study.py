@@ -52,7 +52,7 @@ def init(
     Where PROGRAM has no dropout, the file inserts some after its activations.
     """
     from droptune.errors import SpecError
-    from droptune.program.program import load_program
+    from droptune.program.loading import load_program
     from droptune.program.source import project_root
     from droptune.sites.installed import find_or_insert_sites
     from droptune.space.template import study_file

@@ -37,7 +37,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from droptune import apply_rates
-from droptune.program.program import load_program
+from droptune.program.loading import load_program
 
 HERE = Path(__file__).resolve().parent
 
@@ -72,7 +72,7 @@ class Trained:
 
 def load(record: Record, weights: Mapping[str, Tensor], *, reference: str, root: Path) -> Trained:
     """The trained model of a record, its program loaded from under the project's root."""
-    from droptune.program.program import load_program
+    from droptune.program.loading import load_program
     from droptune.program.source import fingerprint
 
     program = load_program(reference, root)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from droptune.errors import ProgramError
 from droptune.program.data import Batch, leaves, split_target
-from droptune.program.metrics import IGNORED
+from droptune.program.metrics import IGNORED, classification_metrics, regression_metrics
 
 FEW_CLASSES = 16
 Model = Callable[..., Any]  # a module, or a function bound to the weights of one slot
@@ -102,3 +102,17 @@ def loss_as_prediction(loss: Loss, values: Values) -> Predict:
 
 def mean_loss(predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
     return {"loss": predictions.mean()}
+
+
+def both(first: Metrics, second: Metrics) -> Metrics:
+    """What either measures, the second for names that they share."""
+    return lambda predictions, targets: {
+        **first(predictions, targets),
+        **second(predictions, targets),
+    }
+
+
+TASKS: dict[str, tuple[Loss, Predict, Metrics]] = {
+    "classification": (cross_entropy, predict_classes, classification_metrics),
+    "regression": (squared_error, predict_numbers, regression_metrics),
+}

@@ -317,7 +317,7 @@ def _always_on(model: nn.Module, batch: Any, call: Callable[[Any, Any], Any]) ->
 
 def find_program_sites(program: Program, insert: Sequence[Any] = ()) -> Discovery:
     """The sites that one training step of a program passes, found on two examples."""
-    from droptune.program.program import default_values
+    from droptune.program.declared import default_values
 
     values = default_values(program.searched)
     return find_sites(

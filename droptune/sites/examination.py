@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from droptune.errors import SiteError
-from droptune.program.program import Program, load_program_or_model
+from droptune.program.loading import load_program_or_model
+from droptune.program.program import Program
 from droptune.program.soundness import check_model
 from droptune.program.source import blamed, project_root
 from droptune.sites.discovery import find_program_sites, find_sites

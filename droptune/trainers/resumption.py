@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from droptune.program.program import default_values
+from droptune.program.declared import default_values
 from droptune.trainers.fusibility import distance, left_by, numbers_of, three_trainings, tried
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.solo import Solo

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from droptune.errors import ProgramError
-from droptune.program.program import default_values
+from droptune.program.declared import default_values
 from droptune.sites.installed import Installed
 from droptune.trainers.optimizer_state import build, names_of
 from droptune.trainers.recipe import Recipe, tensors_of

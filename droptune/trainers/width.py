@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from droptune.program.data import Streamed
-from droptune.program.program import default_values
+from droptune.program.declared import default_values
 from droptune.trainers.memory import (
     free_memory,
     is_out_of_memory,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from droptune.errors import DroptuneError
-from droptune.program.program import load_program
+from droptune.program.loading import load_program
 from droptune.study import Study
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.slot import Snapshot

@@ -31,7 +31,7 @@ from droptune.launch.devices import cores
 from droptune.launch.job import JOB
 from droptune.launch.marker import mark_interval
 from droptune.mirror.syncer import Companion
-from droptune.program.program import load_program
+from droptune.program.loading import load_program
 from droptune.program.source import fingerprint
 from droptune.storage import Storage, StudySummary, WorkerRow
 from droptune.study import Study

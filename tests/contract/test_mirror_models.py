@@ -190,7 +190,7 @@ def digits(store):
 
 def weights_of(training_id):
     torch.manual_seed(training_id)
-    from droptune.program.program import load_program
+    from droptune.program.loading import load_program
 
     return load_program(PROGRAM, ROOT).model().state_dict()
 

@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from droptune.errors import ProgramError
 from droptune.program.data import InMemory, Streamed
-from droptune.program.program import Program, adapt, classification
+from droptune.program.long_form import adapt
+from droptune.program.program import Program
+from droptune.program.short_form import classification
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.trainers import batched

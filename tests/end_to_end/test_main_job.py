@@ -97,7 +97,7 @@ def test_optuna_reads_the_study(finished):
 def test_the_registered_model_predicts_as_recorded_without_droptune(finished, tmp_path):
     import numpy as np
 
-    from droptune.program.program import load_program
+    from droptune.program.loading import load_program
     from droptune.storage import Storage
     from droptune.study import Study
 

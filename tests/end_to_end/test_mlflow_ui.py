@@ -22,7 +22,7 @@ from mirrored import AUTHORS, SITES, Trainings, assignment, create, free_port
 
 from droptune.mirror import Mirror, Tracking
 from droptune.mirror.models import Trained
-from droptune.program.program import classification
+from droptune.program.short_form import classification
 from droptune.storage import Storage
 from droptune.training import NewTraining, TrainingKind
 

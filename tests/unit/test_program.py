@@ -13,14 +13,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from droptune.errors import ProgramError
+from droptune.program.loading import load_program, load_program_or_model
+from droptune.program.long_form import adapt
 from droptune.program.metrics import CLASSIFICATION
-from droptune.program.program import (
-    adapt,
-    classification,
-    load_program,
-    load_program_or_model,
-    regression,
-)
+from droptune.program.short_form import classification, regression
 from droptune.program.source import fingerprint, project_root
 from droptune.program.tasks import FEW_CLASSES, log_softmax
 

@@ -9,7 +9,7 @@ from crew import make_study, train_here
 from torch import nn
 
 from droptune import answer
-from droptune.program.program import load_program
+from droptune.program.loading import load_program
 from droptune.script import INSERTED, script
 from droptune.sites.dropout import KINDS
 from droptune.sites.installed import find_sites

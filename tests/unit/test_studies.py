@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from droptune.errors import ProgramError
-from droptune.program.program import load_program
+from droptune.program.loading import load_program
 from droptune.program.source import fingerprint
 from droptune.sites.installed import find_program_sites
 from droptune.sites.site import Site

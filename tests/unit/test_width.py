@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from droptune.program.program import classification
+from droptune.program.short_form import classification
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.spec.spec import StudySpec

@@ -14,7 +14,7 @@ from crew import check_same, make_study, results, train_here
 
 from droptune.cli.worker import open_patiently, read_seconds
 from droptune.errors import ConfigurationError, StorageError, WorkRemainsError
-from droptune.program.program import load_program
+from droptune.program.loading import load_program
 from droptune.storage import Budget, Holding, Storage, StudySummary, WorkerRow
 from droptune.trainers.checkpoint import CheckpointStore
 from droptune.trainers.fused import make_trainer
