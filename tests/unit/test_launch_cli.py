@@ -193,6 +193,14 @@ def test_engines_need_the_name_of_a_study(project, monkeypatch, name):
     monkeypatch.setenv("DROPTUNE_STORAGE", SECRET)
     with pytest.raises(LaunchError, match=f"{name} needs the NAME of a study"):
         run(name, "--dry-run")
+    with pytest.raises(LaunchError, match=f"{name} needs the NAME of a study"):
+        run(name, "--dry-run", "--", "--partition=gpu")
+
+
+def test_options_may_follow_where_no_study_is_named(study):
+    said = run("local", "--dry-run", "--device", "cpu", "--workers", "1", "--", "--until-done")
+    assert said.output.count("--until-done") == 1
+    assert "digits" not in said.output
 
 
 def test_the_command_line_answers_without_torch(project):
