@@ -6,8 +6,9 @@ Fashion-MNIST with 2,000 training images (studies/fashion_mnist_mlp_2000), 60 ep
 final validation NLL. Two ways of searching two rates and the learning rate, in the same ranges,
 both started at the same moment on the same machine, each in one process with `--threads` threads:
 
-- optuna: its defaults (TPE, median pruner), plain PyTorch, one training after the other;
-- droptune: `droptune study run` with its defaults, baselines included.
+- optuna: its defaults (TPE, median pruner), plain PyTorch, one training after the other, until it
+  has trained as many epochs as `--trials` whole trainings have;
+- droptune: `droptune study run` of so many trials with its defaults, baselines included.
 
 After each training that ends, a way recommends the configuration with the best value so far.
 What it is worth is measured apart, outside of all clocks: its mean final NLL over fresh seeds.
@@ -134,9 +135,13 @@ def search_optuna(seed: int, trials: int, threads: int, started: float) -> list[
         ended.append({**row, "point": [*rates, lr]})
         return loss
 
+    def enough(study: optuna.Study, _: optuna.trial.FrozenTrial) -> None:
+        if sum(row["epochs"] for row in ended) >= trials * EPOCHS:
+            study.stop()
+
     sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(direction="minimize", sampler=sampler)
-    study.optimize(objective, n_trials=trials)
+    study.optimize(objective, callbacks=[enough])
     return ended
 
 
@@ -221,7 +226,7 @@ def arrival(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2,3,4", help="of the searches")
-    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--trials", type=int, default=40, help="of droptune's search")
     parser.add_argument("--threads", type=int, default=1, help="of each way")
     parser.add_argument("--confirm", type=int, default=3, help="fresh seeds of each configuration")
     parser.add_argument("--margin", type=float, default=0.02, help="nats")
