@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from droptune.errors import ConfigurationError, SiteError, SpecError
-from droptune.program.data import Streamed
-from droptune.program.declared import default_values
+from droptune.program.data import InMemory, Streamed, seeded
+from droptune.program.declared import extremes
 from droptune.program.loading import load_program
 from droptune.program.program import Program
 from droptune.program.source import fingerprint
@@ -133,12 +133,9 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
             f"confirm.splits is {spec.confirm.splits}, but {spec.program} gives validation data of "
             "its own, which are never split again: leave validation= out there, or say splits: same"
         )
-    if isinstance(splits.train, Streamed) and any(o.metric == "gap" for o in spec.objectives):
-        raise SpecError(
-            f"objective: gap is not measured where training data are streamed: give {spec.program} "
-            "its training data as tensors or arrays, or take another objective"
-        )
     recipe = Recipe.of(program, discovery.sites, spec, torch.device("cpu"))
+    if any(o.metric == "gap" for o in spec.objectives):
+        _check_gap(recipe, splits.train)
     trainer, reason = _trainer(recipe, spec)
     discovery = replace(discovery, warnings=(*discovery.warnings, *what_is_lost(recipe)))
     intervals = spec.intervals(program, splits.train.n)
@@ -177,12 +174,30 @@ def _trainer(recipe: Recipe, spec: StudySpec) -> tuple[str, str]:
     return ("fused" if tried.ok else "solo"), tried.reason
 
 
+def _check_gap(recipe: Recipe, train: InMemory | Streamed) -> None:
+    if isinstance(train, Streamed):
+        raise SpecError(
+            "objective: gap is not measured where training data are streamed: give the program its "
+            "training data as tensors or arrays, or take another objective"
+        )
+    if recipe.gap is None:
+        listed = ", ".join(recipe.program.metric_names)
+        raise SpecError(
+            f"objective: gap compares a metric of which it is known what is better, and {listed} "
+            "are the program's own: call one of them loss, or take another objective"
+        )
+
+
 def _chance(program: Program) -> float:
-    """The loss of an untrained model on one batch: what training must not rise far above."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(0)
-        batch = program.example_batch(program.batch_size)
-        return float(program.loss(program.model().train(), batch, default_values(program.searched)))
+    """The loss of an untrained model: what training must not rise far above.
+
+    The highest that searched values make it, on a batch drawn from all the training data (sorted
+    ones may begin with what is easy).
+    """
+    with seeded(0), torch.no_grad():
+        batch, model = program.example_batch(program.batch_size, drawn=True), program.model()
+        losses = [program.loss(model.train(), batch, v) for v in extremes(program.searched)]
+        return max(float(loss) for loss in losses)
 
 
 def _versions() -> dict[str, str]:

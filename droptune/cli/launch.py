@@ -98,7 +98,7 @@ def _command(launcher_name: str) -> Callable[..., None]:
         from droptune.launch import Order, make_launcher
 
         if name is not None and name.startswith("-"):  # options without a study before them
-            name, engine = None, [name, *(engine or ())]
+            engine, name = [name, *(engine or ())], None
         settings = config(storage)
         table = dict(settings.launch.get(launcher_name, {}))
         if restarts is not None:

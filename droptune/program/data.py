@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -128,17 +129,24 @@ class _Repeatable(Dataset[Any]):
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
 
     def __getitem__(self, index: int) -> Any:
-        state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        seed = derive_seed("example", self.seed, self.epoch, index)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch CUDA too
-        try:
+        with seeded(derive_seed("example", self.seed, self.epoch, index)):
             return self.dataset[index]
-        finally:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
-            torch.set_rng_state(state[2])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, the generators of torch (on the CPU), NumPy and Python start from a seed; afterwards
+    they are where they were."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch CUDA too
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
 
 
 # --- trees of tensors ---------------------------------------------------------------------

@@ -45,6 +45,17 @@ def branches(searched: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [default, *others]
 
 
+def extremes(searched: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The default values; each other end and choice in the default's place; the last of all."""
+    ends = {
+        name: [values["low"], values["high"]] if isinstance(values, Mapping) else list(values)
+        for name, values in searched.items()
+    }
+    default, last = default_values(searched), {name: values[-1] for name, values in ends.items()}
+    single = [{**default, name: one} for name, values in ends.items() for one in values[1:]]
+    return [default, *single, last]
+
+
 def default_values(searched: Mapping[str, Any]) -> dict[str, Any]:
     """A value for each declared one where no training gives it: its first choice or lowest."""
     return {

@@ -87,8 +87,9 @@ def as_data(raw: Any, name: str, task: str, batch_size: int) -> InMemory | Strea
     """Checked data from tensors, arrays, a Dataset, a DataLoader, or a callable returning one.
 
     Tensors, arrays and `TensorDataset`s are kept in memory, other datasets are streamed. Floats
-    become float32, images of bytes float32 in [0, 1], other integers int64; targets int64
-    (classification) or float32 (regression). `task` custom: only float64 is changed.
+    become float32, images of bytes float32 in [0, 1], other integers int64; truth values stay
+    (masks), but are float32 where they are all that goes in; targets int64 (classification) or
+    float32 (regression). `task` custom: only float64 is changed.
     """
     if callable(raw) and not isinstance(raw, Dataset | DataLoader):
         with blamed(f"reading the {name} data"):
@@ -205,25 +206,32 @@ def convert(tree: Batch, name: str, task: str) -> Batch:
         return map_leaves(tree, _float32)
     if isinstance(tree, Mapping):
         key = target_key(tree)
-        rest = {k: map_leaves(v, _input) for k, v in tree.items() if k != key}
+        rest = _inputs({k: v for k, v in tree.items() if k != key})
         return {**rest, key: _target(tree[key], f"{name}[{key!r}]", task)}
     inputs, _, targets = split_target(tree)
     where = f"{name}[{len(inputs)}]"
-    return (*map_leaves(inputs, _input), _target(targets, where, task))
+    return (*_inputs(inputs), _target(targets, where, task))
 
 
 def _float32(leaf: Any) -> Any:
     return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
-def _input(leaf: Any) -> Any:
+def _inputs(tree: Batch) -> Batch:
+    masks = sum(1 for _ in leaves(tree)) > 1  # beside other inputs truth values say what to use
+    return map_leaves(tree, lambda leaf: _input(leaf, masks))
+
+
+def _input(leaf: Any, masks: bool) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if leaf.is_floating_point():
         return leaf.float()
     if leaf.dtype == torch.uint8:  # pixels; token numbers come as wider integers
         return leaf.float() / 255
-    return leaf.float() if leaf.dtype == torch.bool else leaf.long()
+    if leaf.dtype == torch.bool:
+        return leaf if masks else leaf.float()
+    return leaf.long()
 
 
 def _target(targets: Any, where: str, task: str) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from droptune.program.data import Batch, InMemory, Splits, split_target
+from droptune.program.data import Batch, InMemory, Splits, epoch_order, seeded, split_target
 from droptune.program.declared import default_values
 from droptune.program.intake import LOOKED_AT, RawSplits, make_splits, read_splits
 from droptune.program.labels import check_known, check_several
@@ -68,10 +68,10 @@ class Program:
         """
         return make_splits(self._read, seed, self.task)
 
-    def example_batch(self, size: int = 2) -> Batch:
-        """The first training examples, on the CPU."""
+    def example_batch(self, size: int = 2, *, drawn: bool = False) -> Batch:
+        """The first training examples, on the CPU; or, always the same, `drawn` from them all."""
         train = self._read.train
-        order = torch.arange(min(size, train.n))
+        order = (epoch_order(train.n, 0, 0) if drawn else torch.arange(train.n))[:size]
         if isinstance(train, InMemory):
             return train.gather(order)
         whole = replace(train, batch_size=size, workers=0)  # one batch, of whatever size
@@ -83,19 +83,17 @@ class Program:
         if self.own_metrics is not None:
             built_in = {"classification": CLASSIFICATION, "regression": REGRESSION}[self.task]
             return (*built_in, *(name for name in self.own_metrics if name not in built_in))
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(0)
+        with seeded(0), torch.no_grad():
             model = self.model().eval()
             return tuple(self.metrics(*self.predict(model, self.example_batch())))
 
     def check(self) -> None:
         """Tries one loss and one prediction, and the class numbers against the model's outputs.
 
-        Raises ProgramError in one line. Leaves torch's generator as it was.
+        Raises ProgramError in one line. Leaves all generators as they were.
         """
         batch = self.example_batch()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # the same program is found good every time
+        with seeded(0):  # the same program is found good every time
             with blamed("model()"):
                 model = self.model()
             check_model(model)

@@ -12,7 +12,6 @@ from droptune.errors import ProgramError
 from droptune.program.data import Batch, InMemory, Streamed
 from droptune.program.program import Program
 from droptune.sites.installed import Installed
-from droptune.spec.objective import DIRECTIONS
 from droptune.trainers.feed import cut
 from droptune.trainers.recipe import Recipe
 
@@ -94,17 +93,17 @@ def measured_values(
     `train/loss` is the mean over the interval's examples (in training mode, dropout on);
     `train/<metric>` of the objective (and of the gap) is measured on a fixed part of the training
     data in evaluation mode, so that dropout itself does not hide overfitting; `val/gap` is the
-    generalisation gap: how much worse the program's nll (or first metric) is on validation data.
-    Streamed training data have neither.
+    generalisation gap: how much worse the program's nll (or another metric, `Recipe.gap`) is on
+    validation data. Streamed training data have neither.
     """
     values = {"train/loss": loss, **{f"val/{name}": v for name, v in validation.items()}}
     if probe is not None:
-        name = recipe.gap_metric
-        sign = -1.0 if DIRECTIONS.get(name) == "maximize" else 1.0
+        name, sign = recipe.gap or ("", 0.0)
         values |= {
             f"train/{key}": probe[key] for key in (name, recipe.objective.metric) if key in probe
         }
-        values["val/gap"] = sign * (validation[name] - probe[name])
+        if name:
+            values["val/gap"] = sign * (validation[name] - probe[name])
     return {**values, "lr": lr, "time/seconds": seconds}
 
 

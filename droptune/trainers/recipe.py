@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from droptune.program.data import Batch, InMemory, Splits, Streamed, place
+from droptune.program.data import Batch, InMemory, Splits, Streamed, place, seeded
 from droptune.program.program import Program
 from droptune.sites.installed import Installed, Site, install
+from droptune.spec.objective import DIRECTIONS, Objective
 from droptune.trainers.feed import Feed, size_of
 from droptune.trainers.schedule import Array, learning_rates
 from droptune.training import Assignment
 
 if TYPE_CHECKING:
-    from droptune.spec.spec import Objective, StudySpec
+    from droptune.spec.spec import StudySpec
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
 PROBE_SHARE = 8  # one in so many training examples is evaluated for the generalisation gap
@@ -32,9 +33,10 @@ class Recipe:
     """How the trainings of one study are trained: everything but assignments and seeds.
 
     `interval_updates` None means one pass over the training data; `accumulate` splits every
-    batch into so many micro-batches (the results stay those of the whole batch, except for what
-    batch normalisation sees); `precision` is float32, float64 or bf16 (autocast); `mc_passes`: how
-    often an evaluation also runs with dropout on.
+    batch into so many micro-batches (the results stay those of the whole batch where its loss is
+    the mean of its examples' losses, except for what batch normalisation sees); `precision` is
+    float32, float64 or bf16 (autocast); `mc_passes`: how often an evaluation also runs with
+    dropout on.
     """
 
     program: Program
@@ -103,8 +105,7 @@ class Recipe:
 
     def fresh_model(self, seed: int) -> nn.Module:
         """A new model on the device; its weights depend on `seed` alone, not on the device."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             model = self.program.model()
         return model.to(device=self.device, dtype=self.dtype)
 
@@ -170,10 +171,18 @@ class Recipe:
         return self._once("probe", split_seed, lambda: InMemory(data.gather(indices), count))
 
     @functools.cached_property
-    def gap_metric(self) -> str:
-        """What the generalisation gap compares: the program's nll, or its first metric."""
-        names = self.program.metric_names
-        return "nll" if "nll" in names else names[0]
+    def gap(self) -> tuple[str, float] | None:
+        """What the generalisation gap compares, and 1 where less of it is better, -1 where more is:
+        the program's nll, or its first metric of which that is known (None: of none)."""
+        directions = {**DIRECTIONS, self.objective.metric: self.objective.direction}
+        known = [name for name in self.program.metric_names if name in directions]
+        name = "nll" if "nll" in known else next(iter(known), None)
+        return None if name is None else (name, 1.0 if directions[name] == "minimize" else -1.0)
+
+    def keep_only(self, split_seeds: Collection[int]) -> None:
+        """Let go of the data of all other splits."""
+        for key in [key for key in self._kept if key[1] not in split_seeds]:
+            del self._kept[key]
 
     def _once(self, name: str, seed: int, make: Callable[[], T]) -> T:
         if (name, seed) not in self._kept:

@@ -301,8 +301,12 @@ class Group:
         free = [i for i in range(self.trainer.width) if i not in self.held]
         if not free or not self._recorder.flush():
             return
-        for index, training in zip(free, self.study.claim(self._worker, len(free)), strict=False):
+        claimed = self.study.claim(self._worker, len(free))
+        for index, training in zip(free, claimed, strict=False):
             self._fill(index, training)
+        if claimed:
+            splits = {held.training.seeds.split for held in self.held.values()}
+            self.trainer.recipe.keep_only(splits)
         ended = {i: end for i, held in self.held.items() if (end := self._ending(held))}
         if ended:  # its last worker could not tell SQL any more
             self._end(ended)

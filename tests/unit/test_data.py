@@ -105,9 +105,16 @@ def test_dicts_keep_their_names():
     data = as_data(raw, "train", "classification", 2)
     assert {k: v.dtype for k, v in data.tree.items()} == {
         "input_ids": torch.int64,
-        "mask": torch.float32,
+        "mask": torch.bool,
         "labels": torch.int64,
     }
+
+
+def test_truth_values_stay_masks_beside_other_inputs_and_are_features_alone():
+    mask, numbers = np.ones((4, 2), bool), [0, 1, 0, 1]
+    (_, kept, _) = as_data((np.ones((4, 2)), mask, numbers), "train", "classification", 2).tree
+    (alone, _) = as_data((mask, numbers), "train", "classification", 2).tree
+    assert (kept.dtype, alone.dtype) == (torch.bool, torch.float32)
 
 
 def test_bytes_are_pixels():
