@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from droptune.training import Training
 
 EXAMPLES = ("nll", "correct", "brier", "mse", "mae")  # of single examples, [N]
-LARGE = ("logits", "targets")  # of a sample of them: see `metrics.calibration_sample`
+LARGE = ("logits", "targets")  # of a sample of them: see `examples.calibration_sample`
 METRICS = "metrics"
 
 

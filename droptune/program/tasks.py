@@ -74,10 +74,8 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 def predict_numbers(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     output, targets = output_and_targets(model, batch)
-    if output.shape == targets.shape:
-        return output, targets
-    if output.shape == (*targets.shape, 1) or targets.shape == (*output.shape, 1):
-        return output, targets.reshape(output.shape)
+    if output.shape in (targets.shape, (*targets.shape, 1)) or targets.shape == (*output.shape, 1):
+        return output.reshape(targets.shape), targets
     raise ProgramError(
         f"the model's output of shape {tuple(output.shape)} does not fit targets of shape "
         f"{tuple(targets.shape)}"

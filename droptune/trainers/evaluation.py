@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from droptune.errors import ProgramError
 from droptune.program.data import Batch, InMemory, Streamed
-from droptune.program.program import Program
+from droptune.program.metrics import Additive, Sums
 from droptune.sites.installed import Installed
 from droptune.trainers.feed import cut
 from droptune.trainers.recipe import Recipe
 
 EVALUATION_BATCHES = 4  # an evaluation batch holds so many training batches: it has no gradients
+HELD = 1 << 24  # numbers of predictions that wait to be summed up, at most: 64 MB
 Predict = Callable[[Batch], tuple[Tensor, Tensor]]
 Metrics = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 Measured = Mapping[str, float]
@@ -31,45 +32,100 @@ def evaluation_batches(data: InMemory | Streamed, recipe: Recipe) -> Iterator[Ba
         yield data.gather(torch.arange(start, stop, device=recipe.device))
 
 
-def predictions(
+class Measuring:
+    """Measures a split whose predictions come batch by batch: [B, ...] of one model or, `slots`,
+    [k, B, ...] of k slots at once.
+
+    Metrics that are sums over examples are taken part by part, whatever the batches' other
+    dimensions; for any others all predictions are held until the end.
+    """
+
+    def __init__(self, metrics: Metrics, *, slots: bool) -> None:
+        self._metrics = metrics
+        self._slots = slots
+        self._axis = int(slots)
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._total: Sums = {}
+
+    def add(self, predicted: Tensor, targets: Tensor) -> None:
+        if isinstance(self._metrics, Additive) and not self._fits(predicted, targets):
+            self._sum_up(self._metrics)
+        self._held.append((predicted, targets))
+
+    def _fits(self, *pair: Tensor) -> bool:
+        """Whether this pair can be joined to those that are held, and they stay few enough."""
+        if not self._held:
+            return True
+        rest = self._axis + 1
+        alike = all(
+            a.shape[rest:] == b.shape[rest:] for a, b in zip(self._held[-1], pair, strict=True)
+        )
+        return alike and sum(p.numel() for p, _ in self._held) + pair[0].numel() <= HELD
+
+    def _joined(self) -> tuple[Tensor, Tensor, bool]:
+        """All that is held, and whether its targets [n, ...] are those of all slots."""
+        predicted, targets = ([pair[i] for pair in self._held] for i in (0, 1))
+        self._held = []
+        shared = self._slots and all(part.stride(0) == 0 for part in targets)
+        axis = self._axis
+        if shared:
+            return torch.cat(predicted, axis), torch.cat([part[0] for part in targets]), True
+        return torch.cat(predicted, axis), torch.cat(targets, axis), False
+
+    def _of(self, function: Metrics, predicted: Tensor, targets: Tensor, shared: bool) -> Any:
+        if not self._slots:
+            return function(predicted, targets)
+        batched = torch.func.vmap(function, in_dims=(0, None if shared else 0))
+        return batched(predicted, targets)
+
+    def _sum_up(self, metrics: Additive) -> None:
+        sums = self._of(metrics.sums, *self._joined())
+        total = self._total
+        self._total = {n: total[n] + v if total else v for n, v in sums.items()}
+
+    def finish(self) -> list[dict[str, float]]:
+        """The metrics of each slot; of one model the only entry."""
+        metrics = self._metrics
+        if isinstance(metrics, Additive):
+            self._sum_up(metrics)
+            made = (torch.func.vmap(metrics.of) if self._slots else metrics.of)(self._total)
+            return _rows(made) if self._slots else _floats([made])
+        predicted, targets, shared = self._joined()
+        try:
+            made = self._of(metrics, predicted, targets, shared)
+            return _rows(made) if self._slots else _floats([made])
+        except Exception:  # whatever a metric of the user's own does that cannot be batched
+            if not self._slots:
+                raise
+            each = [targets] * len(predicted) if shared else targets
+            return _floats([metrics(p, t) for p, t in zip(predicted, each, strict=True)])
+
+
+def measure(
+    recipe: Recipe,
     predict: Predict,
     data: InMemory | Streamed,
-    recipe: Recipe,
-    axis: int = 0,
+    *,
+    slots: bool,
     stop: Callable[[], None] = lambda: None,
-) -> tuple[Tensor, Tensor]:
-    """Predictions and targets of a whole split, joined along `axis` (1 where slots come first).
-
-    `stop` is called before each batch and may raise.
-    """
-    pairs = []
+) -> list[dict[str, float]]:
+    """The program's metrics on a whole split, see `Measuring`; `stop` is called before each batch
+    and may raise."""
+    measuring = Measuring(recipe.program.metrics, slots=slots)
     for batch in evaluation_batches(data, recipe):
         stop()
-        pairs.append(predict(batch))
-    return torch.cat([p for p, _ in pairs], axis), torch.cat([t for _, t in pairs], axis)
+        measuring.add(*predict(batch))
+    return measuring.finish()
 
 
-def measure(program: Program, predicted: Tensor, targets: Tensor) -> dict[str, float]:
-    """The program's metrics of one model on a whole split."""
-    return _floats([program.metrics(predicted, targets)])[0]
-
-
-def measure_stack(metrics: Metrics, predicted: Tensor, targets: Tensor) -> list[dict[str, float]]:
-    """The same for predictions [k, n, ...] of k slots: at once where the metrics can be batched."""
-    shared = targets.stride(0) == 0
-    try:
-        stacked = torch.func.vmap(metrics, in_dims=(0, None if shared else 0))(
-            predicted, targets[0] if shared else targets
-        )
-        names, columns = list(stacked), torch.stack([v.double() for v in stacked.values()], 1)
-        return [dict(zip(names, row, strict=True)) for row in columns.tolist()]
-    except Exception:  # whatever a metric of the user's own does that cannot be batched
-        pairs = zip(predicted, targets, strict=True)
-        return _floats([metrics(p, t) for p, t in pairs])
+def _rows(stacked: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """Metrics [k] of k slots in one transfer from the device."""
+    names, columns = list(stacked), torch.stack([v.double() for v in stacked.values()], 1)
+    return [dict(zip(names, row, strict=True)) for row in columns.tolist()]
 
 
 def _floats(measured: list[Any]) -> list[dict[str, float]]:
-    """Metrics of several models in one transfer from the device."""
+    """Metrics as numbers, whatever the program gives them as."""
     for metrics in measured:
         if not isinstance(metrics, Mapping):
             kind = type(metrics).__name__

@@ -26,7 +26,7 @@ from droptune.errors import DroptuneError
 from droptune.program.source import told
 from droptune.spec.spec import StudySpec
 from droptune.trainers.batched import BatchedModel
-from droptune.trainers.evaluation import measure_stack, measured_values, predictions
+from droptune.trainers.evaluation import measure, measured_values
 from droptune.trainers.interval import Chunk, Interval, words_of
 from droptune.trainers.memory import is_out_of_memory
 from droptune.trainers.monte_carlo import dropout_on, measure_passes
@@ -260,8 +260,7 @@ class Fused(Trainer):
         recipe, split = self.recipe, chunk.slots[0].training.seeds.split
         predict, probe = self._model.predictor(chunk.rows), recipe.probe(split)
         data, stop = recipe.data(split, "validation"), self._stop_if_interrupted
-        made = predictions(predict, data, recipe, axis=1, stop=stop)
-        validation = measure_stack(recipe.program.metrics, *made)
+        validation = measure(recipe, predict, data, slots=True, stop=stop)
         if recipe.mc_passes:
             draw = self._model.draw(chunk.rows)
             with dropout_on(self._model.module, recipe.sites):
@@ -269,8 +268,7 @@ class Fused(Trainer):
             validation = [{**a, **b} for a, b in zip(validation, passes, strict=True)]
         if probe is None:
             return validation, None
-        made = predictions(predict, probe, recipe, axis=1, stop=stop)
-        return validation, measure_stack(recipe.program.metrics, *made)
+        return validation, measure(recipe, predict, probe, slots=True, stop=stop)
 
     # -- what comes out -----------------------------------------------------------------------
 

@@ -9,9 +9,8 @@ and the pass alone, so fused and solo give the same values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,9 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from droptune.program.data import Batch, InMemory, Streamed
-from droptune.program.metrics import classification_metrics, regression_metrics
+from droptune.program.metrics import (
+    IGNORED,
+    Additive,
+    Sums,
+    classification_metrics,
+    regression_metrics,
+)
 from droptune.sites.installed import Installed, Site, derive_keys, split_seed
-from droptune.trainers.evaluation import evaluation_batches, measure_stack
+from droptune.trainers.evaluation import Measuring, Metrics, evaluation_batches
 from droptune.trainers.schedule import Array, rate_factors
 from droptune.training import derive_seed
 
@@ -70,8 +75,12 @@ def measure_passes(
     stop: Callable[[], None] = lambda: None,
 ) -> list[dict[str, float]]:
     """The `mc_...` metrics of each slot over a split, by `recipe.mc_passes` passes."""
-    metrics = partial(monte_carlo_metrics, recipe.program.task)
-    return measure_stack(metrics, *averaged(recipe, slots, data, draw, stop))
+    measuring = Measuring(METRICS[recipe.program.task], slots=True)
+    for combined, targets in averaged(recipe, slots, data, draw, stop):
+        measuring.add(combined, targets)
+    return [
+        {f"mc_{name}": value for name, value in measured.items()} for measured in measuring.finish()
+    ]
 
 
 def averaged(
@@ -80,18 +89,17 @@ def averaged(
     data: InMemory | Streamed,
     draw: Draw,
     stop: Callable[[], None] = lambda: None,
-) -> tuple[Tensor, Tensor]:
-    """What `recipe.mc_passes` passes over a split predict, and its targets [k, n, ...].
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `recipe.mc_passes` passes over a split predict, and its targets, batch by batch.
 
-    Classification: the logarithms of the mean probabilities [k, n, ..., C]. Regression: the
-    predictions of every pass [k, n, ..., passes].
+    Classification: the logarithms of the mean probabilities [k, B, ..., C]. Regression: the
+    predictions of every pass [k, B, ..., passes].
     """
     device = recipe.device
     rates = torch.as_tensor(np.stack([_rates(recipe, slot) for slot in slots])).to(device)
     words = [split_seed(derive_seed(slot.training.seeds.weights, "mc")) for slot in slots]
     seeds = torch.tensor(words, dtype=torch.int32, device=device)
     interval = torch.tensor([slot.interval for slot in slots], dtype=torch.int32, device=device)
-    made, targets = [], []
     for number, batch in enumerate(evaluation_batches(data, recipe)):
         passes = []
         for one in range(recipe.mc_passes):
@@ -100,9 +108,7 @@ def averaged(
             keys = derive_keys(seeds, interval, count, len(recipe.sites))
             predicted, target = draw(batch, rates, keys)
             passes.append(predicted)
-        made.append(_combined(recipe.program.task, torch.stack(passes)))
-        targets.append(target)
-    return torch.cat(made, 1), torch.cat(targets, 1)
+        yield _combined(recipe.program.task, torch.stack(passes)), target
 
 
 def _rates(recipe: Recipe, slot: Slot) -> Array:
@@ -120,22 +126,32 @@ def _combined(task: str, passes: Tensor) -> Tensor:
     return whole.log_softmax(-1).logsumexp(0) - math.log(len(passes))
 
 
-def monte_carlo_metrics(task: str, combined: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Metrics of what one training's passes predict (see `averaged`), all named `mc_...`.
+def _mean_sums(combined: Tensor, targets: Tensor) -> Sums:
+    entropy = -(combined.exp() * combined).sum(-1)
+    known = (targets != IGNORED).to(entropy.dtype)
+    return {**classification_metrics.sums(combined, targets), "entropy": (entropy * known).sum()}
 
-    Classification: the metrics of the mean probabilities, and `mc_entropy`, the mean entropy of
-    them in nats. Regression: those of the mean prediction, and `mc_nll`, the mean negative
-    logarithm of the mean over passes of Gaussian densities around each (Gal & Ghahramani 2016,
-    eq. 8), with the passes' mean squared error as their variance.
-    """
-    if task == "classification":
-        metrics = classification_metrics(combined, targets)
-        metrics["entropy"] = -(combined.exp() * combined).sum(-1).mean()
-    else:
-        truth = targets.reshape(combined.shape[:-1]).to(combined.dtype)
-        metrics = regression_metrics(combined.mean(-1), truth)
-        metrics["nll"] = _mixture_nll(combined - truth.unsqueeze(-1))
-    return {f"mc_{name}": value for name, value in metrics.items()}
+
+def _mean_of(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics of the mean probabilities, and `entropy`, the mean entropy of them in nats."""
+    entropy = sums["entropy"] / sums["count"].clamp(min=1)
+    return {**classification_metrics.of(sums), "entropy": entropy}
+
+
+def _mixture(combined: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """The metrics of the mean prediction, but for `nll`: the mean negative logarithm of the mean
+    over passes of Gaussian densities around each (Gal & Ghahramani 2016, eq. 8), with the passes'
+    mean squared error as their variance."""
+    truth = targets.reshape(combined.shape[:-1]).to(combined.dtype)
+    metrics = regression_metrics(combined.mean(-1), truth)
+    return {**metrics, "nll": _mixture_nll(combined - truth.unsqueeze(-1))}
+
+
+METRICS: dict[str, Metrics] = {
+    "classification": Additive(_mean_sums, _mean_of),
+    "regression": _mixture,
+}
+"""Of what one training's passes predict (see `averaged`); all are called `mc_...`."""
 
 
 def _mixture_nll(errors: Tensor) -> Tensor:

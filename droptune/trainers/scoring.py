@@ -8,9 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from droptune.program.metrics import calibration_sample, per_example
-from droptune.program.program import Program
-from droptune.trainers.evaluation import measure, predictions, predictor
+from droptune.program.examples import Examples
+from droptune.trainers.evaluation import Measuring, evaluation_batches, predictor
 from droptune.trainers.monte_carlo import draw_alone, dropout_on, measure_passes
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.slot import Scores, Slot
@@ -25,22 +24,18 @@ def score(recipe: Recipe, weights: Mapping[str, Tensor], slot: Slot) -> Scores:
     model = recipe.fresh_model(0)
     model.load_state_dict(dict(weights))
     installed = recipe.install(model)
-    predicted, targets = predictions(predictor(recipe, model.eval(), installed), data, recipe)
-    metrics = measure(recipe.program, predicted, targets)
+    predict = predictor(recipe, model.eval(), installed)
+    measuring = Measuring(recipe.program.metrics, slots=False)
+    examples = Examples(recipe.program.task, data.n)
+    for batch in evaluation_batches(data, recipe):
+        predicted, targets = predict(batch)
+        measuring.add(predicted, targets)
+        examples.add(predicted, targets)
+    metrics = measuring.finish()[0]
     if recipe.mc_passes:
         kept = slot.best_interval if recipe.keeps_best else None
         then = replace(slot, interval=(kept or slot.interval) - 1)
         with dropout_on(model, recipe.sites):
             draw = draw_alone(recipe, model, installed)
             metrics |= measure_passes(recipe, [then], data, draw)[0]
-    return Scores(split, metrics, example_scores(recipe.program, predicted, targets))
-
-
-def example_scores(program: Program, predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Scores of examples and a sample of logits, in host memory; empty where the task has none."""
-    if program.task not in ("classification", "regression"):
-        return {}
-    scores = per_example(program.task, predicted, targets)
-    if program.task == "classification":
-        scores |= calibration_sample(predicted, targets)
-    return {name: values.cpu() for name, values in scores.items()}
+    return Scores(split, metrics, examples.scores())

@@ -55,7 +55,7 @@ class Scores:
     """The weights of the objective's interval, scored once on a whole split.
 
     `metrics` are the program's; `examples` its scores per example [n] in the split's order (see
-    `metrics.per_example`) and a sample of logits (`metrics.calibration_sample`), in host memory.
+    `examples.example_scores`) and a sample of logits (`calibration_sample`), in host memory.
     """
 
     split: str

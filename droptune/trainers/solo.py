@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from droptune.sites.installed import Installed
 from droptune.trainers.course import Course
-from droptune.trainers.evaluation import measure, measured_values, predictions, predictor
+from droptune.trainers.evaluation import measure, measured_values, predictor
 from droptune.trainers.feed import Update
 from droptune.trainers.monte_carlo import draw_alone, dropout_on, measure_passes
 from droptune.trainers.optimizer_state import (
@@ -174,15 +174,14 @@ class Solo(Trainer):
         predict = predictor(recipe, held.model.eval(), held.installed)
         data, probe = recipe.data(split, "validation"), recipe.probe(split)
         stop = self._stop_if_interrupted
-        validation = measure(recipe.program, *predictions(predict, data, recipe, stop=stop))
+        validation = measure(recipe, predict, data, slots=False, stop=stop)[0]
         if recipe.mc_passes:
             draw = draw_alone(recipe, held.model, held.installed)
             with dropout_on(held.model, recipe.sites):
                 validation |= measure_passes(recipe, [held.slot], data, draw, stop)[0]
         if probe is None:
             return validation, None
-        made = predictions(predict, probe, recipe, stop=stop)
-        return validation, measure(recipe.program, *made)
+        return validation, measure(recipe, predict, probe, slots=False, stop=stop)[0]
 
     # -- what comes out -----------------------------------------------------------------------
 

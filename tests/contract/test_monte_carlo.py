@@ -27,7 +27,7 @@ from droptune.errors import SpecError
 from droptune.spec.objective import MONTE_CARLO
 from droptune.spec.spec import StudySpec
 from droptune.trainers.fused import Fused
-from droptune.trainers.monte_carlo import monte_carlo_metrics
+from droptune.trainers.monte_carlo import METRICS
 from droptune.trainers.solo import Solo
 from droptune.training import Assignment
 
@@ -96,14 +96,14 @@ def test_regression_measures_the_mean_prediction_and_the_mixture():
 def test_the_formulas_are_those_of_the_paper():
     torch.manual_seed(0)
     passes, targets = torch.randn(7, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    got = monte_carlo_metrics("regression", passes.T, targets)
+    got = METRICS["regression"](passes.T, targets)
     variance = (passes - targets).square().mean()
     density = torch.distributions.Normal(passes, variance.sqrt()).log_prob(targets).exp()
-    assert got["mc_nll"].item() == pytest.approx(-density.mean(0).log().mean().item())
+    assert got["nll"].item() == pytest.approx(-density.mean(0).log().mean().item())
     mean = passes.mean(0)
-    assert got["mc_rmse"].item() == pytest.approx((mean - targets).square().mean().sqrt().item())
+    assert got["rmse"].item() == pytest.approx((mean - targets).square().mean().sqrt().item())
     p = torch.randn(6, 4, dtype=torch.float64).softmax(-1)
-    entropy = monte_carlo_metrics("classification", p.log(), _labels(6))["mc_entropy"]
+    entropy = METRICS["classification"](p.log(), _labels(6))["entropy"]
     assert entropy.item() == pytest.approx(torch.distributions.Categorical(p).entropy().mean())
 
 

@@ -16,17 +16,17 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from droptune.errors import ProgramError
 from droptune.program.data import InMemory, Streamed
 from droptune.program.long_form import adapt
 from droptune.program.program import Program
-from droptune.program.short_form import classification
+from droptune.program.short_form import classification, regression
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
-from droptune.trainers import batched
+from droptune.trainers import batched, evaluation
 from droptune.trainers.checkpoint import CheckpointStore
-from droptune.trainers.evaluation import measure_stack
 from droptune.trainers.fused import Fused
 from droptune.trainers.fusibility import fusible
 from droptune.trainers.interval import Chunk, Interval
@@ -231,7 +231,7 @@ def recipe_of(name: str) -> Recipe:
 
 
 def make_recipe(program: Program, take: str = "best", **more) -> Recipe:
-    metric = "loss" if program.task == "custom" else "nll"
+    metric = {"custom": "loss", "regression": "mse"}.get(program.task, "nll")
     sites = find_program_sites(program).sites
     options = {"precision": "float64", **more}
     return Recipe(program, sites, Objective(metric, take), **options)
@@ -416,12 +416,13 @@ def test_no_update_waits_for_the_device_or_has_more_operations_for_more_slots(na
 def test_an_evaluation_asks_for_numbers_only_at_its_end(name, monkeypatch):
     fused, chunk = filled(on_meta(recipe_of(name), monkeypatch), 3)
 
-    def measured(metrics, predicted, targets):
+    def measured(stacked):
         with numbers_asked_for():
-            measure_stack(metrics, predicted, targets)
-        return [{} for _ in predicted]
+            rows(stacked)
+        return [{}] * 3
 
-    monkeypatch.setattr("droptune.trainers.fused.measure_stack", measured)
+    rows = evaluation._rows
+    monkeypatch.setattr(evaluation, "_rows", measured)
     with _Operations():
         assert fused._evaluate(chunk) == ([{}] * 3, [{}] * 3)
 
@@ -1007,6 +1008,79 @@ def test_scores_are_of_the_kept_weights_on_the_test_set():
     assert scores.examples["logits"].shape == (13, 3)
     assert scores.examples["targets"].tolist() == program.splits(0).test.tree[1].tolist()
     assert scores.metrics == pytest.approx(solo.score(0).metrics, abs=TOLERANCE)
+
+
+class _Ragged(torch.utils.data.Dataset):
+    """Sequences of tokens, each with a class for every one of them."""
+
+    def __len__(self) -> int:
+        return 23
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        length = 2 + i % 5
+        return torch.arange(length) % 7, (torch.arange(length) + i) % CLASSES
+
+
+def _padded(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    ids, labels = zip(*examples, strict=True)
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return pad(ids), pad(labels, padding_value=-100)
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_batches_of_sequences_need_not_be_equally_long(passes):
+    def tagger() -> nn.Module:
+        return nn.Sequential(nn.Embedding(7, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES))
+
+    data = DataLoader(_Ragged(), batch_size=4, collate_fn=_padded)
+    program = classification(model=tagger, train=data, validation=data, epochs=3, lr=1e-2)
+    recipe = make_recipe(program, mc_passes=passes)
+    trainings = [training(recipe, number, data=0) for number in range(3)]
+    fused = Fused(recipe, 3)
+    for slot, wanted in enumerate(trainings):
+        fused.fill(slot, wanted)
+    outcomes = fused.train_interval()
+    for slot, wanted in enumerate(trainings):
+        _, (expected,) = alone(recipe, wanted, 1)
+        assert_same_outcome(outcomes[slot], expected)
+    scores, examples = fused.score(0), fused.score(0).examples
+    assert len(examples["nll"]) == recipe.data(0, "test").n
+    assert float(examples["nll"].mean()) == pytest.approx(scores.metrics["nll"])
+    assert "logits" not in examples
+
+
+def test_a_regression_may_lose_its_last_dimensions():
+    """As where a model squeezes, and the last batch holds a single example."""
+
+    class Squeezing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x).squeeze()
+
+    data = _noise(33, 6), torch.arange(33.0)
+    program = regression(
+        model=Squeezing, train=data, validation=data, test=False, batch_size=8, epochs=3, lr=1e-2
+    )
+    recipe = make_recipe(program)
+    wanted, fused = training(recipe, 0), Fused(recipe, 2)
+    fused.fill(0, wanted)
+    _, (expected,) = alone(recipe, wanted, 1)
+    assert_same_outcome(fused.train_interval()[0], expected)
+    assert fused.score(0).examples["mse"].shape == (33,)
+
+
+def test_many_predictions_are_summed_up_in_parts(monkeypatch):
+    recipe = recipe_of("cnn")
+    _, (whole,) = alone(recipe, training(recipe, 0), 1)
+    monkeypatch.setattr(evaluation, "HELD", 1)
+    _, (parts,) = alone(recipe, training(recipe, 0), 1)
+    assert_same_outcome(parts, whole)
+    fused = Fused(recipe, 2)
+    fused.fill(0, training(recipe, 0))
+    assert_same_outcome(fused.train_interval()[0], whole)
 
 
 def test_the_measured_values_are_what_they_say():

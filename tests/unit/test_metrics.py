@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 from torch.nn import functional
 
+from droptune.program.examples import Examples, example_scores, example_sums
 from droptune.program.metrics import (
     CLASSIFICATION,
     IGNORED,
     REGRESSION,
-    calibration_sample,
     classification_metrics,
-    per_example,
     regression_metrics,
 )
 
@@ -129,9 +128,28 @@ def test_half_precision_is_measured_in_float32():
     )
 
 
+@pytest.mark.parametrize("metrics", [classification_metrics, regression_metrics])
+def test_a_set_is_measured_part_by_part(metrics):
+    logits, targets = drawn(40, 5, 4)
+    if metrics is regression_metrics:
+        logits, targets = logits[:, 0], targets.double()
+    cuts = (slice(0, 7), slice(7, 8), slice(8, 40))
+    parts = [metrics.sums(logits[cut], targets[cut]) for cut in cuts]
+    total = {name: sum(part[name] for part in parts) for name in parts[0]}
+    for name, value in metrics(logits, targets).items():
+        torch.testing.assert_close(metrics.of(total)[name], value, rtol=0, atol=1e-12, msg=name)
+
+
+def scored(task, predictions, targets, *cuts):
+    """Scores of examples that come in parts."""
+    sizes = np.diff([0, *cuts, len(targets)]).tolist()
+    parts = zip(predictions.split(sizes), targets.split(sizes), strict=True)
+    return example_scores(task, [example_sums(task, *part) for part in parts])
+
+
 def test_examples_average_to_the_metrics():
     logits, targets = drawn(40, 5, 4)
-    scores = per_example("classification", logits, targets)
+    scores = scored("classification", logits, targets, 13, 14)
     whole = classification_metrics(logits, targets)
     assert {name: tuple(score.shape) for name, score in scores.items()} == dict.fromkeys(
         ("nll", "correct", "brier"), (40,)
@@ -145,43 +163,54 @@ def test_examples_average_to_the_metrics():
 
 def test_regression_examples_average_to_the_metrics():
     predictions, targets = torch.randn(30, 2).double(), torch.randn(30, 2).double()
-    scores = per_example("regression", predictions, targets)
+    scores = scored("regression", predictions, targets, 11)
     whole = regression_metrics(predictions, targets)
     for name in ("mse", "mae", "nll"):
         assert scores[name].shape == (30,)
         torch.testing.assert_close(scores[name].mean(), whole[name])
 
 
-def test_examples_of_sequences_leave_padding_out():
+def test_examples_of_sequences_count_by_their_known_targets():
     logits, targets = drawn(12, 3, 5)
-    targets = targets.view(3, 4).clone()
-    targets[0, 2:] = IGNORED
-    scores = per_example("classification", logits.view(3, 4, 3), targets)["nll"]
-    first = functional.cross_entropy(logits[:2], targets[0, :2])
-    torch.testing.assert_close(scores[0], first)
+    logits, targets = logits.view(3, 4, 3), targets.view(3, 4).clone()
+    targets[0, 2:] = targets[1] = IGNORED  # two known, none, four
+    scores, whole = (
+        scored("classification", logits, targets),
+        classification_metrics(logits, targets),
+    )
+    first = functional.cross_entropy(logits[0, :2], targets[0, :2])
+    torch.testing.assert_close(scores["nll"][0], first)  # two is their mean
+    assert float(scores["nll"][1]) == float(scores["correct"][1]) == 0
+    for name, metric in (("nll", "nll"), ("correct", "accuracy"), ("brier", "brier")):
+        torch.testing.assert_close(scores[name].mean(), whole[metric])
+
+
+def sampled(logits, targets, size):
+    """The sample of logits of examples that come in parts of this size."""
+    examples = Examples("classification", len(targets))
+    for part in zip(logits.split(size), targets.split(size), strict=True):
+        examples.add(*part)
+    return {n: v for n, v in examples.scores().items() if n in ("logits", "targets")}
 
 
 def test_a_sample_of_logits_holds_the_same_probabilities():
     torch.manual_seed(0)
     logits, targets = 8 * torch.randn(30_000, 10), torch.randint(0, 10, (30_000,))
     targets[::7] = IGNORED
-    sample = calibration_sample(logits, targets)
-    assert sample["logits"].shape == (10_000, 10)
+    sample = sampled(logits, targets, 999)
+    chosen = torch.arange(0, 30_000, 3)
+    chosen = chosen[targets[chosen] != IGNORED]
     assert sample["logits"].dtype == torch.float16
-    assert int(sample["targets"].min()) >= 0
-    known = targets != IGNORED
-    chosen = torch.arange(10_000) * int(known.sum()) // 10_000
-    assert sample["targets"].tolist() == targets[known][chosen].tolist()
-    exact = functional.cross_entropy(logits[known][chosen], targets[known][chosen])
+    assert sample["targets"].tolist() == targets[chosen].tolist()
+    exact = functional.cross_entropy(logits[chosen], targets[chosen])
     kept = functional.cross_entropy(sample["logits"].float(), sample["targets"].long())
     assert float(kept) == pytest.approx(float(exact), abs=1e-3)
 
 
 def test_no_sample_of_sequences_or_of_very_many_classes():
-    assert calibration_sample(torch.randn(4, 5, 3), torch.zeros(4, 5, dtype=torch.long)) == {}
-    many = torch.zeros(300, 50_000)
-    assert calibration_sample(many, torch.zeros(300, dtype=torch.long)) == {}
-    few = calibration_sample(torch.zeros(20, 3), torch.zeros(20, dtype=torch.long))
+    assert sampled(torch.randn(4, 5, 3), torch.zeros(4, 5, dtype=torch.long), 3) == {}
+    assert sampled(torch.zeros(300, 50_000), torch.zeros(300, dtype=torch.long), 100) == {}
+    few = sampled(torch.zeros(20, 3), torch.zeros(20, dtype=torch.long), 7)
     assert len(few["targets"]) == 20
 
 
