@@ -48,19 +48,28 @@ class Measuring:
         self._total: Sums = {}
 
     def add(self, predicted: Tensor, targets: Tensor) -> None:
-        if isinstance(self._metrics, Additive) and not self._fits(predicted, targets):
-            self._sum_up(self._metrics)
+        if self._held:
+            alike = self._alike(predicted, targets)
+            held = sum(part.numel() for part, _ in self._held) + predicted.numel()
+            if isinstance(self._metrics, Additive) and (not alike or held > HELD):
+                self._sum_up(self._metrics)
+            elif not alike:
+                raise self._unequal(predicted)
         self._held.append((predicted, targets))
 
-    def _fits(self, *pair: Tensor) -> bool:
-        """Whether this pair can be joined to those that are held, and they stay few enough."""
-        if not self._held:
-            return True
+    def _alike(self, *pair: Tensor) -> bool:
+        """Whether this pair can be joined to those that are held."""
         rest = self._axis + 1
-        alike = all(
+        return all(
             a.shape[rest:] == b.shape[rest:] for a, b in zip(self._held[-1], pair, strict=True)
         )
-        return alike and sum(p.numel() for p, _ in self._held) + pair[0].numel() <= HELD
+
+    def _unequal(self, predicted: Tensor) -> ProgramError:
+        shapes = (str(tuple(t.shape[self._axis :])) for t in (self._held[-1][0], predicted))
+        return ProgramError(
+            "metrics of the program's own need the predictions of all batches in one tensor, and "
+            f"their shapes are {' and '.join(shapes)}: pad to one length"
+        )
 
     def _joined(self) -> tuple[Tensor, Tensor, bool]:
         """All that is held, and whether its targets [n, ...] are those of all slots."""

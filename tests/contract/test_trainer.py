@@ -1049,6 +1049,20 @@ def test_batches_of_sequences_need_not_be_equally_long(passes):
     assert "logits" not in examples
 
 
+def test_own_metrics_need_batches_of_one_length():
+    def tagger() -> nn.Module:
+        return nn.Sequential(nn.Embedding(7, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES))
+
+    data = DataLoader(_Ragged(), batch_size=4, collate_fn=_padded)
+    own = {"largest": lambda logits, targets: logits.max()}
+    program = classification(
+        model=tagger, train=data, validation=data, epochs=3, lr=1e-2, metrics=own
+    )
+    recipe = make_recipe(program)
+    with pytest.raises(ProgramError, match=r"in one tensor, .* \(4, 5, 3\) and \(4, 6, 3\)"):
+        alone(recipe, training(recipe, 0), 1)
+
+
 def test_a_regression_may_lose_its_last_dimensions():
     """As where a model squeezes, and the last batch holds a single example."""
 
