@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from droptune.errors import DroptuneError
+from droptune.program.declared import is_number
 from droptune.progress import Progress, front
 from droptune.scores import read_metrics
 from droptune.script import script
@@ -224,7 +225,7 @@ def _rates(study: Study, assignment: Assignment) -> list[str]:
 
 def shown(value: float | str) -> str:
     """A searched value as people read it."""
-    return value if isinstance(value, str) else f"{value:.4g}"
+    return f"{value:.4g}" if is_number(value) else str(value)
 
 
 def _comparison(study: Study, progress: Progress) -> Iterator[str]:

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from droptune.program.declared import is_number
 from droptune.sites.site import Site
 from droptune.training import Assignment
 
@@ -197,5 +198,5 @@ def _numbers(assignment: Assignment) -> Iterator[str]:
     yield f"lr = {assignment.lr:.6g}"
     for name, value in assignment.values.items():
         if name not in ("schedule", "cutoff"):
-            written = repr(value) if isinstance(value, str) else f"{value:.6g}"
+            written = f"{value:.6g}" if is_number(value) else repr(value)
             yield f"{name} = {written}  # {_USES.get(name, 'a value that the program declares')}"

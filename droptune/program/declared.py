@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,23 +13,41 @@ def declared(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Declared values, checked: a (low, high) pair, a mapping with low, high and log, or a list of
     two or more choices. Raises ProgramError."""
     for name, values in (given or {}).items():
-        if isinstance(values, Mapping):
-            good = {"low", "high"} <= set(values) <= {"low", "high", "log"}
-            good = good and values["low"] < values["high"]
-        elif isinstance(values, tuple):
-            good = len(values) == 2 and values[0] < values[1]
-        else:
-            good = isinstance(values, list) and len(values) > 1
-        if not good:
+        if not _searchable(values):
             raise ProgramError(
-                f"searched {name!r} is {values!r}: give (low, high), "
-                "{'low': …, 'high': …, 'log': True} or a list of choices"
+                f"searched {name!r} is {values!r}: give (low, high) with low < high, "
+                "{'low': …, 'high': …, 'log': True} with low > 0, or a list of choices, "
+                "two or more different words or numbers"
             )
     return dict(given or {})
 
 
+def _searchable(values: Any) -> bool:
+    if isinstance(values, list):
+        return _are_choices(values)
+    if isinstance(values, Mapping):
+        if not {"low", "high"} <= set(values) <= {"low", "high", "log"}:
+            return False
+        return _is_range((values["low"], values["high"]), log=bool(values.get("log")))
+    return isinstance(values, tuple) and _is_range(values, log=False)
+
+
+def _is_range(ends: tuple[Any, ...], *, log: bool) -> bool:
+    if len(ends) != 2 or not all(is_number(end) and math.isfinite(end) for end in ends):
+        return False
+    low, high = ends
+    return bool(low < high and (low > 0 or not log))
+
+
+def _are_choices(values: list[Any]) -> bool:
+    """Choices of one kind: mixed ones have no order, and no place on a response surface."""
+    numbers = all(is_number(value) and math.isfinite(value) for value in values)
+    alike = numbers or any(all(isinstance(v, kind) for v in values) for kind in (str, bool))
+    return alike and len(set(values)) == len(values) > 1
+
+
 def is_number(value: Any) -> bool:
-    """Whether a loss may be given a 0-dim tensor in the place of this value."""
+    """Whether a value is a number, for which a loss may be given a 0-dim tensor."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

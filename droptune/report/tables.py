@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 
+from droptune.program.declared import is_number
 from droptune.progress import front
 from droptune.training import Record
 from droptune.verdict.comparison import Comparison
@@ -101,7 +102,7 @@ def _range(near: tuple[float, float]) -> str:
 
 
 def _value(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.3g}"
+    return f"{value:.3g}" if is_number(value) else str(value)
 
 
 def comparisons(evidence: Evidence, found: Sequence[Comparison]) -> Table:

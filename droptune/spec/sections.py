@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,19 @@ def _listed_values(given: Any) -> Any:
     return given
 
 
+def _numbers(given: Any) -> Any:
+    if not isinstance(given, list | tuple):
+        return given
+    numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in given)
+    if not numbers or len(set(given)) < max(len(given), 2):
+        raise ValueError(
+            f"{list(given)!r}: give two or more different numbers; words are declared in the "
+            "program, with searched={…}"
+        )
+    return given
+
+
+Searched = ValueRange | Annotated[tuple[float, ...], Field(min_length=2)]
 Globs = tuple[str, ...]
 Schedule = Literal["constant", "up", "early", "late"]
 
@@ -112,9 +126,9 @@ class SpaceSpec(Strict):
     weight_decay: LogRange | None = None
     l1: LogRange | None = None
     label_smoothing: ShareRange | None = None
-    values: Mapping[str, ValueRange | Annotated[tuple[float, ...], Field(min_length=2)]] = field(
-        default_factory=dict
-    )
+    values: Mapping[
+        str, Annotated[Searched, BeforeValidator(_numbers, json_schema_input_type=Searched)]
+    ] = field(default_factory=dict)
     schedule: Annotated[
         tuple[Schedule, ...],
         BeforeValidator(_listed, json_schema_input_type=Schedule | tuple[Schedule, ...]),

@@ -36,7 +36,7 @@ class Input:
             return sum(assignment.rates.get(path, 0.0) for path in self.paths) / len(self.paths)
         value = assignment.values[self.value] if self.value else assignment.lr
         if self.word is not None:
-            return float(value == self.word)
+            return float(str(value) == self.word)
         return math.log10(float(value)) if self.log else float(value)
 
 
@@ -182,10 +182,11 @@ def _value_inputs(assignments: Sequence[Assignment]) -> list[Input]:
     inputs = []
     for name in sorted(set.intersection(*(set(a.values) for a in assignments))):
         seen = {a.values[name] for a in assignments}
-        words = sorted(value for value in seen if isinstance(value, str))
-        numbers = [float(value) for value in seen if not isinstance(value, str)]
-        inputs += [Input(f"{name} = {word}", value=name, word=word) for word in words[1:]]
-        if len(numbers) > 1:
+        numbers = [float(value) for value in seen if isinstance(value, int | float)]
+        if len(numbers) < len(seen):
+            words = sorted(map(str, seen))
+            inputs += [Input(f"{name} = {word}", value=name, word=word) for word in words[1:]]
+        elif len(numbers) > 1:
             wide = min(numbers) > 0 and max(numbers) > 20 * min(numbers)
             inputs.append(Input(name, value=name, log=wide))
     return inputs

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from droptune.errors import ProgramError
+from droptune.program.declared import declared
 from droptune.program.loading import load_program, load_program_or_model
 from droptune.program.long_form import adapt
 from droptune.program.metrics import CLASSIFICATION
@@ -246,6 +247,45 @@ def test_wrong_arguments_are_said_at_once(changes, said):
     with pytest.raises(ProgramError, match=said) as caught:
         short(**changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("relu", "tanh"),
+        (0.1, float("nan")),
+        (0.1, float("inf")),
+        (0, 1, 2),
+        {"low": 0, "high": 1, "log": True},
+        {"low": "a", "high": "b"},
+        {"low": 0.1, "high": 0.1},
+        [None, 0.5],
+        ["none", 0.1],
+        [True, 0.1],
+        [0.1, float("nan")],
+        ["relu"],
+        [1, 1.0],
+        "relu",
+    ],
+)
+def test_what_cannot_be_searched_is_said_before_anything_is_trained(values):
+    with pytest.raises(
+        ProgramError, match=r"searched 'a' is .*: give \(low, high\) with low"
+    ) as caught:
+        declared({"a": values})
+    assert "\n" not in str(caught.value)
+
+
+def test_what_can_be_searched():
+    given = {
+        "a": (0, 1),
+        "b": {"low": 1e-4, "high": 1, "log": True},
+        "c": {"low": -1, "high": 1},
+        "d": ["relu", "tanh"],
+        "e": [1, 2.5],
+        "f": [True, False],
+    }
+    assert declared(given) == given
 
 
 def infinite():

@@ -155,3 +155,12 @@ def test_sites_of_one_attribute_with_different_rates_are_told():
     assert "#   0.again (element): 0.2" in lines
     run(lines, model)
     assert model[0].p == 0.5
+
+
+def test_values_are_written_as_the_program_declared_them():
+    chosen = Assignment({}, 0.1, {"focus": "flat", "bias": True, "temperature": 0.25})
+    lines = script(chosen, ())
+    assert "focus = 'flat'" in lines
+    assert "bias = True" in lines
+    assert "temperature = 0.25" in lines
+    assert [answer.shown(value) for value in chosen.values.values()] == ["flat", "True", "0.25"]

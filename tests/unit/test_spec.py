@@ -177,6 +177,16 @@ def test_shipped_studies(path):
         ({"space": {"schedule": ["up"]}}, "schedule must hold 'constant'"),
         ({"space": {"groups": "atuo"}}, "space.groups: .*got 'atuo'"),
         ({"space": {"values": {"a": {"low": 1, "hgh": 2}}}}, r"a.hgh \(did you mean 'high'"),
+        ({"space": {"values": {"a": [1, 1]}}}, "space.values.a: .*two or more different numbers"),
+        ({"space": {"values": {"a": [None, 0.5]}}}, "space.values.a: .None, 0.5.: give two"),
+        (
+            {"space": {"values": {"a": ["no", 1]}}},
+            r"words are declared in the program, with searched",
+        ),
+        (
+            {"space": {"values": {"a": {"low": 0, "high": 1, "log": True}}}},
+            "must be above 0 on a log",
+        ),
         ({"space": {"lr": {"low": 0, "high": 1}}}, "space.lr.low: .*greater than 0"),
         ({"space": {"lr": {"low": 0.1}}}, "space.lr.high is missing"),
         ({"sampler": "tpee"}, r"unknown sampler 'tpee' \(did you mean 'tpe'"),

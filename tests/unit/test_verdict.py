@@ -23,6 +23,7 @@ from droptune.verdict.findings import edge
 from droptune.verdict.member import best_baselines, front_runners, noise_aware
 from droptune.verdict.sentences import winners_lr_sentence
 from droptune.verdict.statistics import paired
+from droptune.verdict.surface import find_inputs
 from droptune.verdict.verdict import _recommend, judge
 from droptune.verdict.weakness import hints
 
@@ -62,6 +63,30 @@ def searched():
 @pytest.fixture(scope="module")
 def confirmed(searched):
     return confirm(world(seed=1), searched)
+
+
+# -- what was searched ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choices", "names", "coordinates"),
+    [
+        (["relu", "tanh"], ["a = tanh"], [0, 1]),
+        ([1, 4], ["a"], [1, 4]),
+        ([False, True], ["a"], [0, 1]),
+        ([0.1, "none", None], ["a = None", "a = none"], [0, 0]),  # of older studies
+    ],
+)
+def test_choices_are_inputs_of_the_surface(searched, choices, names, coordinates):
+    def chosen(record):
+        value = choices[record.training.id % len(choices)]
+        assignment = replace(record.training.assignment, values={"a": value})
+        return replace(record, training=replace(record.training, assignment=assignment))
+
+    records = [chosen(record) for record in searched.records]
+    inputs = [one for one in find_inputs(searched, records) if one.value]
+    assert [one.name for one in inputs] == names
+    assert [inputs[0].of(assigned(record)) for record in records[:2]] == coordinates
 
 
 # -- planning -------------------------------------------------------------------------------------
