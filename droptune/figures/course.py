@@ -50,9 +50,11 @@ def _trial_curves(axes: Axes, evidence: Evidence, trials: Sequence[Record]) -> N
         if pruned:
             axes.plot([len(curve)], [curve[-1]], "x", color=COLOURS["pruned"], ms=4, zorder=4)
     late = np.array([value for _, curve in curves for value in curve[len(curve) // 4 :]])
-    low, high = np.quantile(late, [0.0, 0.97] if evidence.sign < 0 else [0.03, 1.0])
-    room = 0.05 * float(high - low or 1.0)
-    axes.set_ylim(float(low) - room, float(high) + room)
+    late = late[np.isfinite(late)]  # a failed trial's are not
+    if len(late):
+        low, high = np.quantile(late, [0.0, 0.97] if evidence.sign < 0 else [0.03, 1.0])
+        room = 0.05 * float(high - low or 1.0)
+        axes.set_ylim(float(low) - room, float(high) + room)
     axes.set_xlabel("interval")
     axes.set_ylabel(f"validation {metric_name(evidence.objective.metric)}")
 

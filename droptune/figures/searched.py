@@ -45,7 +45,8 @@ def slice_of(evidence: Evidence, verdict: Verdict, one: Slice) -> Figure:
         _few_ticks(axes.xaxis, one.at)
     axes.set_ylim(low, high)
     axes.set_title(one.input.name)
-    axes.set_xlabel("learning rate" if one.input.name == "lr" else "rate")
+    names = {"lr": "learning rate"}
+    axes.set_xlabel("rate" if one.input.paths else names.get(one.input.name, one.input.name))
     axes.set_ylabel(metric_name(evidence.objective.metric))
     return figure
 

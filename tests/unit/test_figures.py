@@ -10,6 +10,7 @@ import pytest
 from simulated import confirm, fashion, make_spec, pruned, search
 
 from droptune.figures import draw, inline, png, svg
+from droptune.figures.course import pruning
 from droptune.sites.site import Site
 from droptune.training import State
 from droptune.verdict.verdict import judge
@@ -90,6 +91,39 @@ def test_no_times_no_time_line_and_no_pruning_no_audit(searched):
     )
     bare = replace(searched, records=records)
     assert not {"timeline", "pruning"} & set(draw(bare, judge(bare)))
+
+
+@pytest.mark.parametrize("curves", [(np.nan,), (np.inf,), ()], ids=["NaN", "infinite", "none"])
+@pytest.mark.parametrize("state", [State.FAIL, State.PRUNED])
+def test_a_trial_without_finite_values_leaves_the_figures_of_the_others(searched, curves, state):
+    records = list(searched.records)
+    place = next(i for i, record in enumerate(records) if record.state is State.PRUNED)
+    lost = {name: curves * 9 for name in records[place].curves if curves}
+    records[place] = replace(records[place], state=state, curves=lost)
+    evidence = replace(searched, records=tuple(records))
+    figures = draw(evidence, judge(evidence))
+    assert {"pruning", "history", "timeline"} <= set(figures)
+    for name, figure in figures.items():
+        assert "<svg" in inline(figure, name)
+
+
+def test_without_a_finite_value_no_limits_are_drawn(searched):
+    lost = [replace(r, curves={"val/nll": (np.nan,) * 9}) for r in searched.records]
+    axes = pruning(replace(searched, records=tuple(lost))).axes[0]
+    assert np.isfinite(axes.get_ylim()).all()
+
+
+def test_a_slice_names_what_it_lies_along(searched):
+    def decayed(record):
+        value = 1e-4 * (1 + record.training.id % 7)
+        assignment = replace(record.training.assignment, values={"weight_decay": value})
+        return replace(record, training=replace(record.training, assignment=assignment))
+
+    evidence = replace(searched, records=tuple(decayed(r) for r in searched.records))
+    figures = draw(evidence, judge(evidence))
+    axes = {name: figures[f"slice/{name}"].axes[0] for name in ("drop1", "lr", "weight_decay")}
+    said = [each.get_xlabel() for each in axes.values()]
+    assert said == ["rate", "learning rate", "weight_decay"]
 
 
 def test_a_site_called_like_markup_stays_text(searched):
