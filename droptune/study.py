@@ -367,7 +367,7 @@ class Study:
 
         trained = self.space.baselines(self.spec.baselines, self.spec.full_trials)
         baselines = len({new.label for new in trained})
-        trials = self.spec.budget.trials or 0
+        trials = self.spec.full_trials or 0
         return predicted_cost(
             self.spec.confirm, trials=trials, baselines=baselines, intervals=self.row.intervals
         )

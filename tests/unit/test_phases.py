@@ -25,6 +25,15 @@ def make(storage, folder, trials, **changes):
     return make_study(storage, folder, **{**given, **changes})
 
 
+def test_a_budget_in_epochs_has_the_confirmations_of_as_many_trials(storage, tmp_path):
+    in_epochs = make_study(
+        storage, tmp_path, name="epochs", budget="{epochs: 80}", baselines="{trials: 2}",
+        confirm=CONFIRM,
+    )  # fmt: skip
+    assert in_epochs.spec.epochs == 4
+    assert in_epochs.cost() == make(storage, tmp_path, 20).cost()
+
+
 class Player:
     """A worker that makes results up; what fails, fails at random."""
 
