@@ -6,6 +6,7 @@ import math
 
 from droptune.spec.objective import Objective
 
+FINEST = 1e-6  # what six decimals, the most that are written, can show
 PERCENT = ("accuracy", "error", "precision", "recall", "f1", "ece")
 NAMES = {
     "nll": "NLL",
@@ -37,7 +38,7 @@ def worse_word(objective: Objective) -> str:
 def amount(metric: str, value: float, scale: float, *, sign: bool = False) -> str:
     """A difference with as many digits as its uncertainty `scale` leaves, without a unit."""
     factor = 100.0 if metric in PERCENT else 1.0
-    return _fixed(value * factor, scale * factor, sign=sign)
+    return _number(value * factor, scale * factor, sign=sign)
 
 
 def difference(metric: str, value: float, scale: float) -> str:
@@ -99,10 +100,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _fixed(value: float, scale: float, *, sign: bool) -> str:
-    digits = 3
-    if 0 < scale < math.inf:
-        digits = min(max(1 - math.floor(math.log10(scale)), 0), 6)
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+def _number(value: float, scale: float, *, sign: bool) -> str:
+    digits, form = 3, "f"
+    if value and 0 < scale < FINEST and abs(value) < 100 * FINEST:
+        digits, form = max(1 + _magnitude(value) - _magnitude(scale), 1), "e"
+    elif 0 < scale < math.inf:
+        digits = min(max(1 - _magnitude(scale), 0), 6)
+    text = f"{value:{'+' if sign else ''}.{digits}{form}}"
     zero = text.strip("+-0.") == ""
-    return text.lstrip("+-") if zero else text.replace("-", "−")
+    return text.lstrip("+-") if zero else text.replace("-", "−", int(value < 0))
+
+
+def _magnitude(value: float) -> int:
+    return math.floor(math.log10(abs(value)))

@@ -158,6 +158,15 @@ def test_figures_are_said_with_the_digits_that_they_have():
     assert interval("nll", float("-inf"), float("inf")) == "[no interval]"
 
 
+def test_what_six_decimals_cannot_show_has_an_exponent():
+    assert difference("mse", 3.12e-8, 1.1e-8) == "3.1e-08"
+    assert interval("mse", 1.9e-8, 4.3e-8) == "[1.9e-08, 4.3e-08]"
+    assert change("mse", -3e-8, -5e-8, -1e-8) == "−3.0e-08 [−5.0e-08, −1.0e-08]"
+    assert interval("mse", 5.0123e-5, 5.0341e-5) == "[5.012e-05, 5.034e-05]"
+    assert interval("mse", 1e-7, 2e-4) == "[1.0e-07, 0.000200]"
+    assert interval("nll", 0.2512, 0.2512 + 4e-8) == "[0.251200, 0.251200]"
+
+
 @pytest.mark.skipif(not CHROMIUM.exists(), reason="no Chromium")
 def test_the_page_in_a_browser(page, study, tmp_path):
     from playwright.sync_api import sync_playwright
