@@ -80,7 +80,7 @@ def _near(one: Slice | None, path: str, winner: Assignment) -> tuple[float, floa
 
 def edge(value: float, searched: tuple[float, float] | None, *, log: bool = False) -> str | None:
     """ "low" or "high" where a value lies within 5 % of that end; a rate of 0 is no edge."""
-    if searched is None:
+    if searched is None or searched[0] == searched[1]:  # such as a first block's, always 0
         return None
     low, high = searched
     if log:

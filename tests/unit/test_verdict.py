@@ -657,6 +657,7 @@ def test_edges_of_ranges():
     assert edge(1.1e-4, (1e-4, 1e-2), log=True) == "low"
     assert edge(1e-3, (1e-4, 1e-2), log=True) is None
     assert edge(0.5, None) is None
+    assert edge(0.0, (0.0, 0.0)) is None  # the first block of stochastic depth
 
 
 def test_scores_of_examples_have_the_metric_as_their_mean():
