@@ -25,13 +25,6 @@ COLOURS = {
     "pruned": "#b9a37e",
     "failed": "#a8324a",
 }
-NAMES = {
-    "winner": "dropout found",
-    "none": "no dropout",
-    "author": "author's rates",
-    "half": "0.5 everywhere",
-    "none at the winner's lr": "no dropout, winner's lr",
-}
 _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",

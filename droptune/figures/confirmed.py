@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from droptune.figures.canvas import COLOURS, INK, MUTED, NAMES, blank, styled
+from droptune.figures.canvas import COLOURS, INK, MUTED, blank, styled
 from droptune.training import Record
 from droptune.verdict.confirmation import AT_WINNERS_LR
 from droptune.verdict.evidence import Evidence
@@ -34,7 +35,7 @@ def learning_curves(evidence: Evidence, verdict: Verdict) -> Figure:
     figure, axes = blank(4.8, 3.6)
     trained = members(evidence, verdict)
     drawn = [label for label in SHOWN if label in trained]
-    ends = [_band(axes, trained[label], evidence.objective.key, label) for label in drawn]
+    ends = [_band(axes, evidence, trained[label], label) for label in drawn]
     shown = [curve for curve in ends if curve is not None]
     training = _training_key(evidence, trained.get("none", []))
     if training is not None and _fits(trained["none"], training, shown):
@@ -76,8 +77,13 @@ def _stack(records: Sequence[Record], key: str) -> tuple[Array, Array] | None:
     return (at + 1).astype(np.float64), rows
 
 
-def _band(axes: Axes, records: Sequence[Record], key: str, label: str) -> Array | None:
-    stacked = _stack(records, key)
+def _name(evidence: Evidence, label: str) -> str:
+    """What a member is called, in lines that are short enough for a legend."""
+    return fill(evidence.name(label), 23, break_long_words=False, break_on_hyphens=False)
+
+
+def _band(axes: Axes, evidence: Evidence, records: Sequence[Record], label: str) -> Array | None:
+    stacked = _stack(records, evidence.objective.key)
     if stacked is None:
         return None
     at, rows = stacked
@@ -85,7 +91,7 @@ def _band(axes: Axes, records: Sequence[Record], key: str, label: str) -> Array 
     seeds = f" ({len(rows)} seeds)" if len(rows) > 1 else ""
     front = 3 if label in ("winner", "none") else 2
     axes.plot(
-        at, rows.mean(axis=0), color=colour, label=NAMES[label] + seeds, zorder=front,
+        at, rows.mean(axis=0), color=colour, label=_name(evidence, label) + seeds, zorder=front,
         lw=2.0 if front == 3 else 1.2,
     )  # fmt: skip
     if len(rows) > 1:
@@ -135,7 +141,7 @@ def differences(evidence: Evidence, verdict: Verdict) -> Figure:
         axes.plot([factor * found.mean], [row], "o", color=colour, ms=5.5)
     axes.axvline(0, color=INK, lw=0.9)
     axes.set_yticks(range(len(shown)))
-    names = [NAMES.get(one.against, one.against) for one in reversed(shown)]
+    names = [_name(evidence, one.against) for one in reversed(shown)]
     axes.set_yticklabels([f"vs {name}" for name in names], color=INK)
     axes.set_ylim(-0.6, len(shown) - 0.5)
     axes.grid(visible=False, axis="y")
@@ -161,7 +167,7 @@ def reliability(evidence: Evidence, verdict: Verdict) -> Figure | None:
     figure, axes = blank(4.8, 3.8)
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=":", label="as often right as sure")
     for label, one in held:
-        name = f"{NAMES[label]} (ECE {one.ece:.3f})"
+        name = f"{_name(evidence, label)} (ECE {one.ece:.3f})"
         said, was, count = _bins(one)
         axes.plot(said, was, color=COLOURS[label], label=name, lw=1.4)
         axes.scatter(said, was, s=6 + 60 * count / count.sum(), color=COLOURS[label])

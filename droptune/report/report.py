@@ -163,7 +163,7 @@ def _sections(evidence: Evidence, verdict: Verdict) -> list[tuple[str, list[str 
         ("Several objectives", [tables.pareto(evidence)]),
         ("One group left out", [left_out]),
         ("Importance", [tables.importance(evidence, verdict), together]),
-        ("Calibration", [tables.calibration(verdict)]),
+        ("Calibration", [tables.calibration(evidence, verdict)]),
         ("The search", [cost(evidence, verdict), f"{audit}.", price(verdict)]),
     ]
     return [(title, [part for part in parts if part]) for title, parts in sections]
@@ -261,7 +261,7 @@ def _tables(evidence: Evidence, verdict: Verdict) -> dict[str, Any]:
         "comparisons": tables.comparisons(evidence, verdict.comparisons),
         "ablation": tables.comparisons(evidence, verdict.ablation),
         "metrics": tables.metrics(evidence, members(evidence, verdict)),
-        "calibration": tables.calibration(verdict),
+        "calibration": tables.calibration(evidence, verdict),
         "pareto": tables.pareto(evidence),
     }
 
@@ -274,7 +274,7 @@ def _tiles(evidence: Evidence, verdict: Verdict) -> tuple[Tile, ...]:
     ours = verdict.comparison("none") or verdict.comparisons[0]
     data = f"{ours.data} {metric_name(metric)} with"
     others = [
-        Tile(level(metric, one.theirs), tables.WHOM[one.against])
+        Tile(level(metric, one.theirs), evidence.name(one.against))
         for one in verdict.comparisons
         if one.against in ("none", "author", "half")
     ]

@@ -24,13 +24,6 @@ from droptune.verdict.wording import (
     rate,
 )
 
-WHOM = {
-    "none": "no dropout",
-    "author": "author's rates",
-    "half": "0.5 everywhere",
-    "none at the winner's lr": "no dropout, winner's lr",
-    "winner": "dropout found",
-}
 REDUNDANT = ("error", "precision", "recall")  # what accuracy and F1 say, not in the table
 STOPPED = {
     "decided": "decided",
@@ -127,7 +120,7 @@ def _comparison(evidence: Evidence, one: Comparison) -> tuple[str, ...]:
     metric, found = evidence.objective.metric, one.difference
     low, high = sorted((evidence.sign * found.low, evidence.sign * found.high))
     return (
-        WHOM.get(one.against, one.against),
+        evidence.name(one.against),
         level(metric, one.ours),
         level(metric, one.theirs),
         amount(metric, evidence.sign * found.mean, (high - low) / 2, sign=True),
@@ -157,7 +150,7 @@ def pareto(evidence: Evidence) -> Table | None:
     return Table(head, tuple(rows)) if rows else None
 
 
-def calibration(verdict: Verdict) -> Table | None:
+def calibration(evidence: Evidence, verdict: Verdict) -> Table | None:
     """ECE and NLL before and after temperature scaling."""
     if not verdict.calibration:
         return None
@@ -165,7 +158,7 @@ def calibration(verdict: Verdict) -> Table | None:
     head = ("", "ECE", "NLL", *(("temperature", "ECE scaled", "NLL scaled") if scaled else ()))
     rows = [
         (
-            WHOM.get(one.label, one.label),
+            evidence.name(one.label),
             f"{one.ece:.3f}",
             _number(one.nll),
             *(
@@ -202,7 +195,7 @@ def metrics(evidence: Evidence, trained: Mapping[str, Sequence[Record]]) -> Tabl
         return None
     order = ([objective] if objective in names else []) + shown
     rows = [
-        (WHOM.get(label, label), *(_spread(n, [m[n] for m in each if n in m]) for n in order))
+        (evidence.name(label), *(_spread(n, [m[n] for m in each if n in m]) for n in order))
         for label, each in found.items()
     ]
     return Table((split, *(metric_name(name) for name in order)), tuple(rows))

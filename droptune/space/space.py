@@ -46,8 +46,8 @@ class Space:
     """What is searched, and how parameters become an assignment and back.
 
     Parameters are named `dropout/<site or group>`, `lr`, and as the other values. `fixed` holds
-    the rates of sites that are not searched, in baselines too. `halved` are the sites that the
-    baseline `half` sets to 0.5.
+    the rates of sites that are not searched (never of all), in baselines too. `halved` are the
+    sites that the baseline `half` sets to 0.5.
     """
 
     rates: tuple[RateParameter, ...]
@@ -67,6 +67,11 @@ class Space:
         _check_sites(sites)
         fixed = _fixed(sites, spec.space.fixed)
         free = [site for site in sites if site.path not in fixed]
+        if not free:
+            raise SpecError(
+                f"space.fixed: {' and '.join(map(repr, spec.space.fixed))}: no site is left whose "
+                f"rate is searched; leave out at least one of {len(sites)}"
+            )
         halved = frozenset(site.path for site in free if site.kind in HALVED)
         author = {site.path: site.rate for site in sites}
         bare = cls((), _lr(spec.space, program.lr), (), fixed, author, halved, program.lr)

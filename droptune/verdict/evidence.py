@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from droptune.sites.site import Site
+from droptune.space.space import HALVED
 from droptune.spec.objective import Objective
 from droptune.spec.spec import StudySpec
 from droptune.training import Assignment, Record, State, TrainingKind
@@ -20,6 +21,13 @@ from droptune.verdict.statistics import Array
 # "logits" [n, C] and "targets" [n].
 Scores = Mapping[str, Array]
 BASELINES = ("none", "author", "half")
+NAMES = {
+    "winner": "dropout found",
+    "none": "no dropout",
+    "author": "author's rates",
+    "half": "0.5 everywhere",
+    "none at the winner's lr": "no dropout, winner's lr",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +89,19 @@ class Evidence:
         """The sites whose rates are searched: all that have a range (all, where none is known)."""
         paths = tuple(site.path for site in self.sites)
         return tuple(path for path in paths if path in self.ranges) or paths
+
+    @cached_property
+    def fixed(self) -> Mapping[str, float]:
+        """The rates of the sites that are not searched: the same in all trainings."""
+        rates = assigned(self.trials[0]).rates if self.trials else {}
+        return {path: rate for path, rate in rates.items() if path not in self.searched}
+
+    def name(self, label: str) -> str:
+        """What a member of the comparison is called in sentences, tables and figures."""
+        kinds = {site.kind for site in self.sites if site.path in self.searched}
+        if label == "half" and not kinds <= set(HALVED):
+            return "0.5 at every element and channel site"  # the others have the author's rates
+        return NAMES.get(label, label)
 
     def has_dropout(self, assignment: Assignment) -> bool:
         """Whether any searched site has dropout; sites at a fixed rate do not count."""

@@ -142,7 +142,7 @@ def _size(evidence: Evidence, one: Comparison) -> tuple[str, str]:
 
 def baseline_sentence(evidence: Evidence, one: Comparison) -> str:
     """The winner against the author's rates, or against 0.5."""
-    whom = {"author": "the author's rates", "half": "0.5 everywhere"}.get(one.against, one.against)
+    whom = "the author's rates" if one.against == "author" else evidence.name(one.against)
     if one.outcome == "better":
         return f"Better than {whom}: {_by(evidence, one)}."
     if one.outcome == "worse":
@@ -181,7 +181,7 @@ def provisional_headline(evidence: Evidence, winner: Member | None, none: Member
 def provisional_reason(evidence: Evidence, choice: str, ahead: float, chance: float) -> str:
     """Why these rates before confirmation; `ahead`: by how much dropout leads no dropout."""
     if choice != "none":
-        who = {"author": "the author's rates lead", "half": "0.5 everywhere leads"}
+        who = {"author": "the author's rates lead", "half": f"{evidence.name('half')} leads"}
         return f"{who.get(choice, 'dropout leads')} the search; not confirmed"
     if ahead <= 0:
         return "no dropout leads the search; not confirmed"
@@ -203,14 +203,15 @@ def none_reason(one: Comparison, *, beaten: bool) -> str:
     return f"{none} does as well, and costs nothing"
 
 
-def recommendation_reason(choice: str, outcome: str) -> str:
+def recommendation_reason(evidence: Evidence, choice: str, outcome: str) -> str:
     """Why dropout, and these rates."""
     if choice == "author":
         return (
             "the author's rates beat the dropout that was found; they are not tested against none"
         )
     if choice == "half":
-        return "0.5 everywhere beats the dropout that was found; it is not tested against none"
+        half = evidence.name("half")
+        return f"{half} beats the dropout that was found; it is not tested against none"
     if outcome == "undetected":
         return "the best guess: it leads, but the lead is not proven"
     if outcome == "none":

@@ -125,7 +125,7 @@ def judge(evidence: Evidence) -> Verdict:
     outcome = _outcome(compared) if confirmed else "none"
     recommended = None
     if winner is not None and confirmed:
-        recommended = _recommend(planned, compared, winner, outcome)
+        recommended = _recommend(evidence, planned, compared, winner, outcome)
     elif winner is not None:
         recommended = _provisional(evidence, surface, winner)
     found = recommended.assignment if recommended else None
@@ -226,6 +226,7 @@ def _objective(evidence: Evidence, compared: Sequence[Comparison]) -> dict[str, 
 
 
 def _recommend(
+    evidence: Evidence,
     planned: Plan,
     compared: Sequence[Comparison],
     winner: Member,
@@ -248,7 +249,7 @@ def _recommend(
         none = _better_none(found)
         reason = none_reason(none, beaten=ahead is not None)
         return Recommendation("none", none.assignment, members[none.against].trial, reason)
-    reason = recommendation_reason(choice, outcome)
+    reason = recommendation_reason(evidence, choice, outcome)
     return Recommendation(choice, member.assignment, member.trial, reason)
 
 

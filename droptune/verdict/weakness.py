@@ -26,6 +26,7 @@ def hints(evidence: Evidence, plan: Plan, compared: Sequence[Comparison]) -> tup
     return (
         *_not_confirmed(evidence, plan),
         *_first_of_several(evidence),
+        *_fixed_sites(evidence),
         *_validation_too_small(evidence),
         *_metric_cannot_tell(evidence, plan, compared),
         *_too_few_seeds(evidence, compared),
@@ -53,6 +54,23 @@ def _first_of_several(evidence: Evidence) -> Iterator[str]:
             f"the verdict is about {first}, the first objective: what it costs in "
             f"{' and '.join(others)} is for you to weigh, on the Pareto front"
         )
+
+
+def _fixed_sites(evidence: Evidence) -> Iterator[str]:
+    """That "no dropout" and "everywhere" are said of the searched sites alone."""
+    of_rate: dict[float, list[str]] = {}
+    for path, rate in evidence.fixed.items():
+        of_rate.setdefault(rate, []).append(path)
+    known = [f"{_named(paths)} at {rate:g}" for rate, paths in of_rate.items()]
+    if known:
+        yield (
+            "fixed sites keep their rates everywhere, also where this says no dropout: "
+            + ", ".join(known)
+        )
+
+
+def _named(paths: Sequence[str]) -> str:
+    return " and ".join(paths) if len(paths) < 3 else f"{paths[0]} and {len(paths) - 1} more"
 
 
 def _primary(compared: Sequence[Comparison]) -> Comparison | None:

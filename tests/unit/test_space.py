@@ -124,7 +124,7 @@ spaces = st.fixed_dictionaries(
     optional={
         "groups": st.sampled_from(["auto", "none", {"all": "*"}, {"front": "enc*"}]),
         "rates": st.sampled_from([{}, {"*": {"scale": "log"}}, {"*": {"scale": "logit"}}]),
-        "fixed": st.sampled_from([{}, {"*": 0.3}]),
+        "fixed": st.sampled_from([{}, {"*.drop*": 0.3}]),
         "weight_decay": st.just({"low": 1e-5, "high": 0.1}),
         "label_smoothing": st.just({"high": 0.3}),
         "schedule": st.sampled_from([["constant"], ["constant", "up"], ["constant", "late"]]),
@@ -236,6 +236,8 @@ def test_a_path_counts_before_a_glob_before_a_kind():
         ({"groups": {"fc2.drop": "fc1*"}}, "'fc2.drop' is a site too"),
         ({"linear_in_depth": "kind:path"}, "space.linear_in_depth: 'kind:path' names no site"),
         ({"fixed": {"fc7": 0.1}}, "space.fixed: 'fc7' names no site"),
+        ({"fixed": {"*": 0.3}}, "space.fixed: '.': no site is left whose rate is searched; leave"),
+        ({"fixed": {"fc1*": 0, "fc2*": 0}}, r"'fc1.' and 'fc2.': no site .* at least one of 2"),
         ({"values": {"t": [1, 2]}}, "the program declares no 't'"),
         (
             {"groups": {"a": "*"}, "rates": {"fc1.drop": {"high": 0.6}}},

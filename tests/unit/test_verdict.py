@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from simulated import World, confirm, fashion, make_record, make_spec, pruned, search, train
 
+from droptune.report.report import html, markdown
 from droptune.spec.sections import Confirm
 from droptune.training import NewTraining, Seeds, State, TrainingKind
 from droptune.verdict.comparison import ablations, after_scaling, compare, example_scores
@@ -21,7 +22,12 @@ from droptune.verdict.confirmation import (
 from droptune.verdict.evidence import assigned, key
 from droptune.verdict.findings import edge
 from droptune.verdict.member import best_baselines, front_runners, noise_aware
-from droptune.verdict.sentences import winners_lr_sentence
+from droptune.verdict.sentences import (
+    baseline_sentence,
+    provisional_reason,
+    recommendation_reason,
+    winners_lr_sentence,
+)
 from droptune.verdict.statistics import paired
 from droptune.verdict.surface import find_inputs
 from droptune.verdict.verdict import _recommend, judge
@@ -217,6 +223,26 @@ def test_a_site_at_a_fixed_rate_keeps_it_in_every_baseline(searched):
     done = confirm(world(sites=("stem", "fc1", "fc2"), seed=1), fixed)
     twin = next(m for m in plan(done).compared if m.label == AT_WINNERS_LR)
     assert twin.assignment.rates == none.assignment.rates
+    said = "fixed sites keep their rates everywhere, also where this says no dropout: stem at 0.1"
+    assert judge(done).hints.count(said) == judge(fixed).hints.count(said) == 1
+    assert not any("fixed sites" in hint for hint in judge(searched).hints)
+
+
+def test_half_is_said_to_be_everywhere_only_where_it_is(confirmed):
+    (one,) = [c for c in judge(confirmed).comparisons if c.against == "half"]
+    assert "0.5 everywhere" in baseline_sentence(confirmed, one)
+    attention = replace(confirmed.sites[0], kind="attention")
+    mixed = replace(confirmed, sites=(attention, *confirmed.sites[1:]))
+    verdict = judge(mixed)
+    name = "0.5 at every element and channel site"
+    assert name in baseline_sentence(mixed, one)
+    assert provisional_reason(mixed, "half", 1.0, 0.0).startswith(name)
+    assert recommendation_reason(mixed, "half", "worse").startswith(name)
+    assert name in verdict.details[-1] or name in verdict.details[-2]
+    assert name in markdown(mixed, verdict)
+    assert "0.5 everywhere" not in html(mixed, verdict)
+    kept = replace(mixed, ranges={"lr": (1e-4, 1e-2), "fc2": (0.0, 0.8)})
+    assert kept.name("half") == "0.5 everywhere"  # of the sites that are searched
 
 
 def test_the_winner_is_the_mildest_within_one_standard_error():
@@ -353,7 +379,7 @@ def test_another_baseline_is_recommended_only_ahead_of_no_dropout(confirmed, riv
         if one.against in means
     ]
     assert {one.outcome for one in compared} == {"worse"}
-    found = _recommend(planned, compared, planned.winner, "worse")
+    found = _recommend(confirmed, planned, compared, planned.winner, "worse")
     assert found.choice == (rival if ahead else "none")
     assert ("by more than any other baseline" in found.reason) == (not ahead)
 
