@@ -128,7 +128,7 @@ def differences(evidence: Evidence, verdict: Verdict) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     shown = [*verdict.comparisons, *verdict.ablation]
-    figure, axes = blank(4.8, 0.75 + 0.42 * max(len(shown), 1))
+    figure, axes = blank(4.8, 0.9 + 0.42 * max(len(shown), 1))
     factor = 100.0 if evidence.objective.metric in PERCENT else 1.0
     for row, one in enumerate(reversed(shown)):
         colour = COLOURS.get(one.against, COLOURS["winner"])
@@ -149,7 +149,7 @@ def differences(evidence: Evidence, verdict: Verdict) -> Figure:
     unit = " (points)" if factor == 100.0 else ""
     data = verdict.objective["data"]
     axes.set_xlabel(
-        f"how much better the dropout found is: {data} "
+        f"how much better the dropout found is:\n{data} "
         f"{metric_name(evidence.objective.metric)}{unit}"
     )
     return figure

@@ -60,6 +60,14 @@ def test_inline_figures_take_the_colours_of_the_page(drawn):
     assert "font-family" not in text
 
 
+def test_the_words_below_the_differences_are_inside_the_figure(drawn):
+    figure = drawn["differences"]
+    figure.draw_without_rendering()
+    words = figure.axes[0].xaxis.label.get_window_extent()
+    assert 0 <= words.x0 < words.x1 <= figure.bbox.width
+    assert words.y0 >= 0
+
+
 def test_words_are_text_not_outlines(drawn):
     assert "dropout found" in inline(drawn["learning_curves"], "a")
 
