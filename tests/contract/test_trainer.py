@@ -1027,14 +1027,17 @@ def _padded(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return pad(ids), pad(labels, padding_value=-100)
 
 
-@pytest.mark.parametrize("passes", [0, 2])
-def test_batches_of_sequences_need_not_be_equally_long(passes):
-    def tagger() -> nn.Module:
+def _tagging(**more) -> Program:
+    def model() -> nn.Module:
         return nn.Sequential(nn.Embedding(7, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES))
 
     data = DataLoader(_Ragged(), batch_size=4, collate_fn=_padded)
-    program = classification(model=tagger, train=data, validation=data, epochs=3, lr=1e-2)
-    recipe = make_recipe(program, mc_passes=passes)
+    return classification(model=model, train=data, validation=data, epochs=3, lr=1e-2, **more)
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_batches_of_sequences_need_not_be_equally_long(passes):
+    recipe = make_recipe(_tagging(), mc_passes=passes)
     trainings = [training(recipe, number, data=0) for number in range(3)]
     fused = Fused(recipe, 3)
     for slot, wanted in enumerate(trainings):
@@ -1050,15 +1053,8 @@ def test_batches_of_sequences_need_not_be_equally_long(passes):
 
 
 def test_own_metrics_need_batches_of_one_length():
-    def tagger() -> nn.Module:
-        return nn.Sequential(nn.Embedding(7, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES))
-
-    data = DataLoader(_Ragged(), batch_size=4, collate_fn=_padded)
     own = {"largest": lambda logits, targets: logits.max()}
-    program = classification(
-        model=tagger, train=data, validation=data, epochs=3, lr=1e-2, metrics=own
-    )
-    recipe = make_recipe(program)
+    recipe = make_recipe(_tagging(metrics=own))
     with pytest.raises(ProgramError, match=r"in one tensor, .* \(4, 5, 3\) and \(4, 6, 3\)"):
         alone(recipe, training(recipe, 0), 1)
 
