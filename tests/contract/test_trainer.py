@@ -640,7 +640,7 @@ def _clamp(model):
 def test_searched_words_and_numbers_reach_the_loss():
     class Worded:
         batch_size, epochs, lr = 8, INTERVALS, 1e-2
-        searched: ClassVar = {"kind": ["squared", None], "power": (0.5, 2.0)}
+        searched: ClassVar = {"kind": ["squared", "absolute"], "power": (0.5, 2.0)}
         task = "regression"
 
         def model(self):
@@ -656,7 +656,7 @@ def test_searched_words_and_numbers_reach_the_loss():
 
     program = adapt(Worded())
     recipe = make_recipe(program)
-    values = [("squared", 1.0), (None, 1.5), ("squared", 0.7)]
+    values = [("squared", 1.0), ("absolute", 1.5), ("squared", 0.7)]
     trainings = [
         training(recipe, k, values={"kind": kind, "power": power})
         for k, (kind, power) in enumerate(values)
