@@ -10,7 +10,7 @@ from droptune.spec.config import Config
 from droptune.spec.spec import StudySpec
 from droptune.storage import Storage
 from droptune.study import Study
-from droptune.workers.worker import Worker, WorkerOptions
+from droptune.workers.worker import PATIENCE_SECONDS, Worker, WorkerOptions
 
 
 def tune(
@@ -33,6 +33,7 @@ def tune(
     prepared = prepare(StudySpec.load(path), root)
     opened = Storage.open(settings.storage, create=True)
     study, _ = Study.create(opened, prepared)
+    opened.patience = PATIENCE_SECONDS
     options = WorkerOptions(
         root=root,
         storage=settings.storage,
@@ -40,6 +41,7 @@ def tune(
         width=width,
         until_done=True,
         tracking=settings.tracking,
+        guest=True,
     )
     Worker(opened, options).run([study.name])
     return Study.open(opened, study.name)

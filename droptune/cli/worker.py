@@ -37,6 +37,7 @@ SUBMITTED = "submitted"  # a job that its engine has not started, or will never 
 PATIENCE = "DROPTUNE_PATIENCE"
 LEASE = "DROPTUNE_LEASE_SECONDS"
 CHECKPOINT = "DROPTUNE_CHECKPOINT_SECONDS"
+LEAST_LEASE = 1.0  # with shorter ones, trainings are taken from workers that are alive
 SECONDS = {PATIENCE: 600.0, LEASE: 60.0, CHECKPOINT: 30.0, IDLE: 600.0}
 
 
@@ -112,9 +113,10 @@ def read_seconds(environment: Mapping[str, str], *, until_done: bool = False) ->
             found[name] = float(text)
         except ValueError:
             found[name] = -1.0
-        if not 0 <= found[name] < float("inf"):
+        least = LEAST_LEASE if name == LEASE else 0.0
+        if not least <= found[name] < float("inf"):
             raise ConfigurationError(
-                f"{name}={text} is no number of seconds; give e.g. {default:g}"
+                f"{name}={text}: give a number of seconds from {least:g} on, e.g. {default:g}"
             )
     if until_done and not environment.get(IDLE):
         found[IDLE] = math.inf

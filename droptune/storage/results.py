@@ -20,13 +20,18 @@ class Results:
     database: Database
 
     def put_score(self, training_id: int, split: str, name: str, score: bytes) -> bool:
-        """Keep one score of a training; False when it has another already, which stays."""
+        """Keep one score of a training; False when it has another already, which stays, or was
+        deleted."""
         key = {"training_id": training_id, "split": split, "name": name}
 
         def work(connection: sa.Connection) -> bool:
             there = _score(connection, training_id, split, name)
             if there is not None:
                 return there == score
+            t = schema.trainings.c
+            kept = sa.select(t.id).where(t.id == training_id).with_for_update()
+            if connection.execute(kept).first() is None:
+                return False
             rows = [key | {"score": score}]
             self.database.insert_new(connection, schema.scores, rows, tuple(key))
             return True

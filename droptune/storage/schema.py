@@ -25,8 +25,16 @@ def _exact(length: int) -> sa.types.TypeEngine[str]:
     return sa.String(length).with_variant(binary, "mysql")
 
 
-def _table(name: str, *columns: sa.schema.SchemaItem) -> sa.Table:
-    return sa.Table(name, metadata, *columns, mysql_engine="InnoDB", mysql_charset="utf8mb4")
+def _table(name: str, *columns: sa.schema.SchemaItem, counted: bool = False) -> sa.Table:
+    """`counted`: no id is given twice, as SQLite would after a delete; late workers name them."""
+    return sa.Table(
+        name,
+        metadata,
+        *columns,
+        mysql_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        sqlite_autoincrement=counted,
+    )
 
 
 studies = _table(
@@ -53,6 +61,7 @@ studies = _table(
     sa.Column("intervals_taken", sa.BigInteger, nullable=False),  # trained or reserved
     sa.Column("finished", sa.Integer, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
+    counted=True,
 )
 
 trainings = _table(
@@ -89,6 +98,7 @@ trainings = _table(
     sa.UniqueConstraint("study_id", "number", name="uq_droptune_trainings_number"),
     sa.Index("ix_droptune_trainings_state", "state", "study_id"),
     sa.Index("ix_droptune_trainings_finish", "study_id", "finish_order"),
+    counted=True,
 )
 
 # One row per interval, a JSON object of key: value: what was measured together is written, kept
@@ -116,6 +126,7 @@ workers = _table(
     sa.Column("beat_at", sa.Double, nullable=False),
     sa.Column("lease_until", sa.Double, nullable=False),
     sa.Column("ended_at", sa.Double),
+    counted=True,
 )
 
 usage = _table(

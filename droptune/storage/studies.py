@@ -64,6 +64,7 @@ class StudySummary:
 
     id: int
     name: str
+    uuid: str
     status: str
     phase: str
     priority: int
@@ -313,6 +314,7 @@ def _summary(row: sa.Row[Any], counts: Sequence[sa.Row[Any]]) -> StudySummary:
     return StudySummary(
         id=row.id,
         name=row.name,
+        uuid=row.uuid,
         status=row.status,
         phase=row.phase,
         priority=row.priority,

@@ -96,7 +96,7 @@ class Workers:
                 return int(there)
             at = clock(connection)
             if self.database.dialect == "sqlite":
-                self._refuse_elsewhere(connection, machine, at)
+                self._refuse_elsewhere(connection, host[:255], machine, at)
             times = {"started_at": at, "beat_at": at, "lease_until": at + self.lease_seconds}
             connection.execute(schema.workers.insert(), row | times)
             return int(connection.execute(mine).scalar_one())
@@ -111,9 +111,12 @@ class Workers:
                 "SQLite loses data: use a local folder, or PostgreSQL for several machines."
             )
 
-    def _refuse_elsewhere(self, connection: sa.Connection, machine: str, at: float) -> None:
+    def _refuse_elsewhere(
+        self, connection: sa.Connection, host: str, machine: str, at: float
+    ) -> None:
         w = schema.workers.c
-        alive = (w.machine != machine, w.ended_at.is_(None), w.lease_until > at)
+        elsewhere = (w.machine != machine, w.host != host)  # not this one before it was restarted
+        alive = (*elsewhere, w.ended_at.is_(None), w.lease_until > at)
         other = connection.execute(sa.select(w.host).where(*alive).limit(1)).scalar()
         if other is not None:
             raise StorageError(

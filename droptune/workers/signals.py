@@ -15,15 +15,17 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 class Signals:
-    """The first signal asks for an end in good order, a second Ctrl-C ends the process at once.
+    """The first signal asks for an end in good order, a second Ctrl-C ends the process at once
+    (a `guest` in somebody's process raises KeyboardInterrupt there).
 
     `first` is the name of the first one, None before. `told` is called from the handler at every
     signal, between two bytecodes of the main thread: it must only set flags.
     """
 
-    def __init__(self, told: Callable[[], None]) -> None:
+    def __init__(self, told: Callable[[], None], *, guest: bool = False) -> None:
         self.first: str | None = None
         self._told = told
+        self._guest = guest
         self._breaks = False
 
     @contextmanager
@@ -52,6 +54,8 @@ class Signals:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.first is not None and number == signal.SIGINT:
+            if self._guest:
+                raise KeyboardInterrupt
             os._exit(WorkRemainsError.exit_code)
         self.first = self.first or signal.Signals(number).name
         self._told()

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import random
+import shlex
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ BEATS = 6  # in the time that a lease lasts
 POLL_SECONDS = 1.0  # between two looks for work, three times as long after a while
 LOOK_SECONDS = 3.0  # between two looks at other studies while one is trained
 LAST_SECONDS = 5.0  # how long a worker that ends waits for an absent database
+PATIENCE_SECONDS = 600.0  # and any other, where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class WorkerOptions:
 
     `width` None measures it; `until_done` ends the worker when its studies are done. It also ends
     when nothing was claimable for `idle_seconds`: what others train may bring more to train when
-    it ends. Without names and `until_done` it serves all studies and never ends.
+    it ends. Without names and `until_done` it serves all studies and never ends. Where it is a
+    `guest` in somebody's process, a second Ctrl-C does not end that.
     """
 
     root: Path
@@ -74,6 +77,7 @@ class WorkerOptions:
     tracking: str | None = None
     idle_seconds: float = math.inf
     checkpoint_seconds: float = CHECKPOINT_SECONDS
+    guest: bool = False
 
 
 class Worker:
@@ -85,7 +89,7 @@ class Worker:
         self.device = find_device(options.device)
         self.id = 0
         self._names: Sequence[str] = ()
-        self._signals = Signals(self._hurry)
+        self._signals = Signals(self._hurry, guest=options.guest)
         self._turns = Turns()
         self._beat: Beat | None = None
         self._beside, self._mirrors = ExitStack(), False
@@ -124,13 +128,15 @@ class Worker:
     # -- which study -----------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        idle_since = time.monotonic()
+        idle_since, worked = time.monotonic(), False
         while not self._signals.first:
             studies = self._next_studies()
             idle = time.monotonic() - idle_since
             if any(self._work_on(summary) for summary in studies):
-                idle_since = time.monotonic()
+                idle_since, worked = time.monotonic(), True
             elif self._nothing_left(studies, idle):
+                if not worked:
+                    self._say_why_nothing()
                 return
             else:
                 pause = POLL_SECONDS * (1.0 if idle < 30 else 3.0)
@@ -160,6 +166,14 @@ class Worker:
         if self._refused and not service:
             raise ConfigurationError("; ".join(self._refused.values()))
         return not service
+
+    def _say_why_nothing(self) -> None:
+        for summary in self.storage.studies():
+            name = shlex.quote(summary.name)
+            if summary.name in self._names and summary.status == "stopped":
+                log.info("%s is stopped; to go on: droptune study resume %s", summary.name, name)
+            elif summary.name in self._names and summary.phase == "done":
+                log.info("%s is done; its answer: droptune study best %s", summary.name, name)
 
     def _keeps_turn(self, study_id: int) -> bool:
         """Whether to claim more of the study; looks at the others every few seconds."""
@@ -195,7 +209,7 @@ class Worker:
 
     def _open(self, summary: StudySummary) -> Study:
         study = self._studies.get(summary.id)
-        if study is None:
+        if study is None or study.row.uuid != summary.uuid:
             study = self._studies[summary.id] = self._read(summary.name)
         elif study.row.budget != summary.budget:
             study.refresh()

@@ -498,3 +498,17 @@ def test_without_a_budget_there_is_no_end(storage):
     assert storage.progress(study.id).tickets is None
     assert storage.progress(study.id).claimable
     assert len(storage.claim(study.id, 1, 20)) == 20
+
+
+def test_who_had_a_training_of_a_deleted_study_writes_into_no_other(storage):
+    first = create(storage, intervals=1)
+    (late,) = claimed(storage, first)
+    storage.delete_study("digits")
+    second = create(storage, intervals=1)
+    (now,) = claimed(storage, second, worker=2)
+    assert (second.id, now.id) != (first.id, late.id)
+    assert storage.record([(late, Measurement(1, {"val/nll": 9.0}))], ["val/nll"]) == {late.id}
+    assert not storage.put_score(late.id, "test", "nll", b"9")
+    assert not storage.finish(late, State.COMPLETE, values=[9.0])
+    (record,) = storage.records(second.id)
+    assert (record.state, dict(record.curves)) == (State.RUNNING, {})

@@ -168,6 +168,12 @@ def test_sqlite_serves_one_machine(storage, monkeypatch):
     other_machine(storage, monkeypatch)
 
 
+@pytest.mark.databases("sqlite")
+def test_a_machine_that_was_restarted_is_still_the_same(storage, monkeypatch):
+    storage.register_worker(host="far", pid=1, device="cpu")  # and it never ended
+    other_machine(storage, monkeypatch)
+
+
 @pytest.mark.databases("postgresql", "mysql")
 def test_servers_serve_many_machines(storage, monkeypatch):
     storage.register_worker(host="near", pid=1, device="cpu")

@@ -226,7 +226,9 @@ def test_a_stopped_study_ends_its_workers_and_can_be_resumed(storage, url, folde
         storage.update_study(study.row.id, status="stopped")
         assert [end(worker) for worker in workers] == [0, 0]
         assert State.RUNNING not in states(study)
-        assert end(crew.start("study", "--until-done")) == 0  # nothing to do while it is stopped
+        idle = crew.start("study", "--until-done")
+        assert end(idle) == 0  # nothing to do while it is stopped
+        assert "droptune study resume study" in idle.log.read_text()
         assert study.phase() == "stopped"
         storage.update_study(study.row.id, status="active")
         assert end(crew.start("study", "--until-done")) == 0

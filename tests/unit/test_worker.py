@@ -106,6 +106,10 @@ def test_seconds_come_from_the_environment():
     for wrong in ("soon", "-1", "inf", "nan"):
         with pytest.raises(ConfigurationError, match=f"DROPTUNE_PATIENCE={wrong}"):
             read_seconds({"DROPTUNE_PATIENCE": wrong})
+    with pytest.raises(
+        ConfigurationError, match="DROPTUNE_LEASE_SECONDS=0: give a number of seconds from 1"
+    ):
+        read_seconds({"DROPTUNE_LEASE_SECONDS": "0"})
 
 
 def test_a_database_without_studies_is_not_waited_for(tmp_path, caplog):
@@ -136,7 +140,7 @@ def test_whose_fault_it_is():
 
 def summary(study_id, priority=0):
     return StudySummary(
-        study_id, f"s{study_id}", "active", "searching", priority,
+        study_id, f"s{study_id}", "u", "active", "searching", priority,
         dict.fromkeys(State, 0), dict.fromkeys(State, 0), None, datetime.now(UTC), (), Budget(),
     )  # fmt: skip
 

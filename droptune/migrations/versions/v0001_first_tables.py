@@ -20,8 +20,14 @@ def _exact(length: int) -> sa.types.TypeEngine[str]:
     return sa.String(length).with_variant(binary, "mysql")
 
 
-def _table(name: str, *parts: sa.schema.SchemaItem) -> None:
-    op.create_table(name, *parts, mysql_engine="InnoDB", mysql_charset="utf8mb4")
+def _table(name: str, *parts: sa.schema.SchemaItem, counted: bool = False) -> None:
+    op.create_table(
+        name,
+        *parts,
+        mysql_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        sqlite_autoincrement=counted,
+    )
 
 
 def upgrade() -> None:
@@ -58,6 +64,7 @@ def _studies() -> None:
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("name"),
+        counted=True,
     )
 
 
@@ -96,6 +103,7 @@ def _trainings() -> None:
         sa.ForeignKeyConstraint(["study_id"], ["droptune_studies.id"]),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("study_id", "number", name="uq_droptune_trainings_number"),
+        counted=True,
     )
     op.create_index(
         "ix_droptune_trainings_finish",
@@ -135,6 +143,7 @@ def _workers() -> None:
         sa.Column("ended_at", sa.Double()),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("token"),
+        counted=True,
     )
     _table(
         "droptune_usage",
