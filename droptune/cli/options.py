@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -59,7 +60,16 @@ def open_study(name: str, url: str | None) -> Study:
 
 
 def print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, default=str, allow_nan=False))
+    """Print JSON; numbers that it cannot say (a diverged trial's NaN) become null."""
+    print(json.dumps(_finite(data), indent=2, default=str, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def display(what: Any, piped_width: int = PIPED_WIDTH) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from droptune.cli import main
+from droptune.storage import Storage
+from droptune.training import Measurement, State
 
 MODEL = """
 import torch
@@ -248,3 +251,23 @@ def test_every_json_is_json(create, droptune, project):
     json.loads(droptune("sites", "model.py", "--json", cwd=project).stdout)
     nothing = droptune("study", "best", "study", "--json", cwd=project)
     assert (nothing.returncode, nothing.stdout) == (1, "")
+
+
+def test_what_diverged_is_null_in_json(create, droptune, project):
+    assert create().returncode == 0
+    storage = Storage.open(f"sqlite:///{project}/droptune.db")
+    worker = storage.register_worker(host="here", pid=1, device="cpu")
+    diverged, good = storage.claim(storage.study("study").id, worker, 2)
+    for training, value in ((diverged, math.nan), (good, 0.5)):
+        measured = {"train/loss": math.inf * value, "val/nll": value}
+        storage.record([(training, Measurement(1, measured))], ["val/nll"])
+    storage.finish(diverged, State.FAIL, reason="diverged: val/nll is NaN")
+    storage.finish(good, State.COMPLETE, values=[0.5], best_interval=1)
+    of_study = ("study", "show", "study", "--json")
+    of_trial = ("trial", "show", "study", str(diverged.number), "--json")
+    shown = json.loads(droptune(*of_study, cwd=project).stdout, parse_constant=pytest.fail)
+    alone = json.loads(droptune(*of_trial, cwd=project).stdout, parse_constant=pytest.fail)
+    assert alone in shown["trainings"]
+    assert alone["curves"] == {"train/loss": [None], "val/nll": [None]}
+    for words in (("best", "study", "--json"), ("report", "study", "--format", "json")):
+        json.loads(droptune("study", *words, cwd=project).stdout, parse_constant=pytest.fail)
