@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-from droptune.errors import DroptuneError, UsageError
+from droptune.errors import DroptuneError, StorageError, UsageError
+from droptune.storage.address import DRIVERS, Address, mask, mask_options
 
 # A call must not block for minutes: MLflow's own defaults wait 247 s for a server that is down.
 # The syncer repeats whatever failed, so one quick retry per call is enough.
@@ -28,7 +29,6 @@ _ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-_DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 
 
 class MirrorError(DroptuneError):
@@ -67,21 +67,21 @@ class Tracking:
         """The configured address, or `mlflow.db` beside the study's database (else here)."""
         if configured is None:
             configured = f"sqlite:///{_beside(storage_url) / 'mlflow.db'}"
-        scheme = configured.partition(":")[0].partition("+")[0]
+        scheme = configured.partition("://")[0].partition("+")[0]
         if scheme in ("http", "https"):
             if "@" in urlsplit(configured).netloc:
                 raise UsageError(
-                    f"MLflow address {redact(configured)}: user and password belong into "
+                    f"MLflow address {mask(configured)}: user and password belong into "
                     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
                 )
             return cls(configured.rstrip("/"))
         if scheme == "sqlite":
             return cls._sqlite(configured, storage_url)
-        if scheme in ("postgresql", "postgres", "mysql", "mssql"):
+        if scheme in (*DRIVERS, "mssql"):
             return cls(_with_driver(configured), Path.cwd() / "mlartifacts")
         raise UsageError(
-            f"MLflow address {configured!r} cannot be used: give http(s)://…, sqlite:///FILE or a "
-            "database URL (MLflow's file store is gone since 3.13)"
+            f"MLflow address {mask(configured)!r} cannot be used: give http(s)://…, sqlite:///FILE "
+            "or a database URL (MLflow's file store is gone since 3.13)"
         )
 
     @classmethod
@@ -89,7 +89,7 @@ class Tracking:
         path = _sqlite_path(configured)
         if path is None:
             raise UsageError(
-                f"MLflow address {configured!r} has no file: give sqlite:///FILE or a server"
+                f"MLflow address {mask(configured)!r} has no file: give sqlite:///FILE or a server"
             )
         if path == _sqlite_path(storage_url):
             raise UsageError(
@@ -240,7 +240,7 @@ def _unreachable(text: str, tracking: Tracking) -> Away:
 
 def redact(text: str) -> str:
     """The text without passwords in URLs."""
-    return re.sub(r"(\w+://[^\s/:@]*):[^\s/@]+@", r"\1:***@", text)
+    return mask_options(re.sub(r"(\w+://[^\s/:@]*):\S+@", r"\1:***@", text))
 
 
 def _user() -> str:
@@ -265,10 +265,13 @@ def _sqlite_path(url: str) -> Path | None:
 
 
 def _with_driver(url: str) -> str:
-    parts = urlsplit(url)
-    scheme = _DRIVERS.get(parts.scheme, parts.scheme)
-    scheme = "mysql+pymysql" if scheme == "mysql" else scheme
-    return urlunsplit(parts._replace(scheme=scheme))
+    """The same with the driver that droptune installs, by a name that MLflow knows."""
+    if url.startswith("mssql"):
+        return url  # nothing of droptune's
+    try:
+        return Address.parse(url).url.render_as_string(hide_password=False)
+    except StorageError as error:
+        raise UsageError(f"MLflow address: {error}") from None
 
 
 @contextmanager

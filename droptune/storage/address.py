@@ -21,7 +21,9 @@ NETWORK_FILE_SYSTEMS = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "afs", "orangefs",
     "glusterfs", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.gcsfuse", "fuse.s3fs",
 }  # fmt: skip
-_SECRET_KEY = re.compile(r"pass|pwd|secret|token|credential", re.IGNORECASE)
+_SECRET = "pass|pwd|secret|token|credential"
+_SECRET_KEY = re.compile(_SECRET, re.IGNORECASE)
+_SECRET_OPTION = re.compile(rf"(\w*(?:{_SECRET})\w*=)[^&\s]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Address:
             url = sa.make_url(given)
         except (sa.exc.ArgumentError, ValueError):
             raise StorageError(_not_a_url(given)) from None
+        if "@" in (url.host or ""):  # what follows the first @ of a password
+            raise StorageError(f"{mask(given)!r} has more than one @: write %40 in a password.")
         scheme = url.drivername.partition("+")[0]
         if scheme not in DRIVERS:
             raise StorageError(
@@ -83,6 +87,19 @@ def redact(url: sa.URL) -> str:
     return shown
 
 
+def mask(given: str) -> str:
+    """What may be no URL at all, without user and password: nothing before its last @."""
+    before, at, after = given.rpartition("@")
+    scheme = re.match(r"[\w+.-]+(?::(?://)?|//)", before)
+    hidden = f"{scheme[0] if scheme else ''}***" if at else ""
+    return f"{hidden}{at}{mask_options(after)}"
+
+
+def mask_options(text: str) -> str:
+    """The text without the secrets in URLs' queries."""
+    return _SECRET_OPTION.sub(r"\1***", text)
+
+
 def _secrets(url: sa.URL) -> list[str]:
     values = [str(v) for k, v in url.query.items() if _SECRET_KEY.search(k)]
     if url.password is not None:
@@ -101,8 +118,9 @@ def _sqlite(url: sa.URL) -> sa.URL:
 
 
 def _not_a_url(given: str) -> str:
-    shown = re.sub(r"//[^/]*@", "//***@", given)
-    hint = f" Did you mean sqlite:///{shown} ?" if "://" not in given and given else ""
+    shown = mask(given)
+    a_file = given and "://" not in given and "@" not in given
+    hint = f" Did you mean sqlite:///{shown} ?" if a_file else ""
     return (
         f"{shown!r} is not a database URL. Possible: sqlite:///FILE, "
         f"postgresql://USER:PASSWORD@HOST/NAME, mysql://USER:PASSWORD@HOST/NAME.{hint}"

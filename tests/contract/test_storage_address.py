@@ -57,6 +57,11 @@ def test_secrets_are_never_shown(given, shown):
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
         ("postgresql://h:port/d", "not a database URL"),
+        ("postgresql:u:s3cret@h/d", r"'postgresql:\*\*\*@h/d' is not a database URL"),
+        ("postgresql://u:p/s3cret@h:port/d", r"'postgresql://\*\*\*@h:port/d' is not"),
+        ("postgresql://u:p@s3cret@h/d", r"'postgresql://\*\*\*@h/d' has .* %40"),
+        ("postgresql://h:port/d?sslpassword=s3cret&a=b", r"sslpassword=\*\*\*&a=b' is not"),
+        ("s3cret@h/d", r"'\*\*\*@h/d' is not"),
     ],
 )
 def test_what_is_no_url_is_refused_in_one_line(given, said):

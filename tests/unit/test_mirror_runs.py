@@ -350,6 +350,8 @@ def test_without_a_file_it_is_in_the_working_directory(tmp_path, monkeypatch):
 def test_drivers_that_droptune_installs_are_used():
     assert Tracking.resolve("postgresql://u@h/m", "").uri == "postgresql+psycopg://u@h/m"
     assert Tracking.resolve("mysql://u@h/m", "").uri == "mysql+pymysql://u@h/m"
+    assert Tracking.resolve("mariadb://u:[@h/m", "").uri == "mysql+pymysql://u:%5B@h/m"
+    assert Tracking.resolve("mariadb+pymysql://u@h/m", "").uri == "mysql+pymysql://u@h/m"
 
 
 @pytest.mark.parametrize(
@@ -358,17 +360,24 @@ def test_drivers_that_droptune_installs_are_used():
         ("./mlruns", "file store"),
         ("file:///tmp/mlruns", "file store"),
         ("sqlite://", "no file"),
-        ("http://me:pw@host:5000", r"http://me:\*\*\*@host.*MLFLOW_TRACKING_USERNAME"),
+        ("http://me:pw@host:5000", r"http://\*\*\*@host.*MLFLOW_TRACKING_USERNAME"),
+        ("oracle://me:pw@host/db", r"'oracle://\*\*\*@host/db' cannot be used"),
+        ("mysql:me:p/pw@host/db?password=pw", r"'mysql:\*\*\*@host/db.*' cannot be used"),
+        ("mysql://me:p/pw@host:port/db", r"'mysql://\*\*\*@host:port/db' is not a database URL"),
         ("sqlite:////tmp/x/droptune.db", "alembic_version"),
     ],
 )
 def test_addresses_that_cannot_work_are_refused(given, words):
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=words) as refused:
         Tracking.resolve(given, "sqlite:////tmp/x/droptune.db")
+    assert "pw" not in str(refused.value)
 
 
-def test_passwords_are_not_shown():
-    assert redact("x postgresql://me:secret@host/db y") == "x postgresql://me:***@host/db y"
+@pytest.mark.parametrize("password", ["secret", "sec/ret", "sec@ret"])
+def test_passwords_are_not_shown(password):
+    shown = redact(f"x postgresql://me:{password}@host/db y")
+    assert shown == "x postgresql://me:***@host/db y"
+    assert redact("mysql://h/d?password=secret&a=b") == "mysql://h/d?password=***&a=b"
 
 
 @pytest.mark.parametrize(
