@@ -94,9 +94,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _beside(file: Path, url: str) -> str:
-    """A relative SQLite file, relative to the configuration."""
+    """A relative SQLite file, relative to the configuration; ~ is the home folder everywhere."""
     scheme, separator, path = url.partition("///")
-    relative = scheme.startswith("sqlite") and path and path[0] not in "/:"
+    relative = scheme.startswith("sqlite") and path and path[0] not in "/:~"
     if not separator or not relative:
         return url
     name, question, options = path.partition("?")

@@ -59,6 +59,7 @@ def test_a_file_may_hold_the_url(project, tmp_path):
         ("sqlite:///sub/runs.db?timeout=5", "sqlite:///{root}/sub/runs.db?timeout=5"),
         ("sqlite+pysqlite:///runs.db", "sqlite+pysqlite:///{root}/runs.db"),
         ("sqlite:////srv/runs.db", "sqlite:////srv/runs.db"),
+        ("sqlite:///~/runs.db", "sqlite:///~/runs.db"),
         ("sqlite:///:memory:", "sqlite:///:memory:"),
         ("postgresql:///local", "postgresql:///local"),
     ],
