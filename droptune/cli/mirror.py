@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from droptune.cli.options import JsonOption, NameArgument, StorageOption, config, print_json
-from droptune.errors import UsageError
+from droptune.errors import DroptuneError, UsageError
 
 if TYPE_CHECKING:
     from droptune.mirror import Mirror, SyncResult, Tracking
@@ -32,6 +33,7 @@ TrackingOption = Annotated[
     ),
 ]
 _DRAIN_SECONDS = 120.0
+_LEASE_PATIENCE_SECONDS = 70.0  # a little longer than a lease
 
 
 @app.command()
@@ -73,11 +75,32 @@ def rebuild(
     storage: StorageOption = None,
     tracking: TrackingOption = None,
 ) -> None:
-    """Write a study anew from SQL: into an empty MLflow, or over what is there (which is kept)."""
+    """Write a study anew from SQL: into an empty MLflow, or over what is there (which is kept).
+
+    Where another process is mirroring it, wait for that one to end; exit status 1 where it does
+    not within about a minute.
+    """
     mirror = _mirror(*_open(storage, tracking), name)
-    result = mirror.rebuild()
+    result = _rebuilt(mirror, name)
     mirror.release()
     _report({name: result}, json=json)
+
+
+def _rebuilt(mirror: Mirror, name: str) -> SyncResult:
+    """Rebuild it when the lease is free: that of a process that was killed runs out."""
+    give_up = time.monotonic() + _LEASE_PATIENCE_SECONDS
+    result = mirror.rebuild()
+    if not result.holder:
+        print("another process is mirroring it; waiting until that has ended …", file=sys.stderr)
+    while not result.holder:
+        if time.monotonic() > give_up:
+            raise DroptuneError(
+                f"study {name!r} was not rebuilt, another process is mirroring it: stop its "
+                "workers first, or try again in a minute"
+            )
+        time.sleep(1.0)
+        result = mirror.rebuild()
+    return result
 
 
 @app.command()

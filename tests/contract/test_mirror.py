@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from mirrored import Trainings, copy_database, create, differences, serving
 
-from droptune.errors import UsageError
+from droptune.errors import DroptuneError, UsageError
 from droptune.mirror import Mirror, Tracking, set_aside
 from droptune.mirror.server import Server
 from droptune.storage import Storage
@@ -371,3 +371,29 @@ def test_a_study_is_mirrored_by_whom_its_file_says(store, tmp_path, monkeypatch,
         refused = CliRunner().invoke(app, [command, "none"])
         assert isinstance(refused.exception, UsageError)
         assert "mirror: none" in str(refused.exception)
+
+
+@pytest.mark.parametrize("let_go", [True, False])
+def test_a_rebuild_waits_for_the_lease_or_fails(store, tmp_path, monkeypatch, prepared, let_go):
+    """That of a killed process runs out; a living one's does not."""
+    from typer.testing import CliRunner
+
+    from droptune.cli import mirror
+
+    copy_database(prepared, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DROPTUNE_STORAGE", f"sqlite:///{tmp_path / 'droptune.db'}")
+    row = create(store, "study")
+    Trainings(store, "study").run(1)
+    assert store.acquire_mirror_lease(row.id, "another", 2.0 if let_go else 60.0)
+    synced = CliRunner().invoke(mirror.app, ["sync", "study"])
+    assert (synced.exit_code, synced.stdout) == (0, "study: another process is mirroring it\n")
+    monkeypatch.setattr(mirror, "_LEASE_PATIENCE_SECONDS", 30.0 if let_go else 0.0)
+    rebuilt = CliRunner().invoke(mirror.app, ["rebuild", "study"])
+    if let_go:
+        assert (rebuilt.exit_code, rebuilt.exception) == (0, None)
+        assert rebuilt.stdout.startswith("study: 1 trainings")
+    else:
+        assert isinstance(rebuilt.exception, DroptuneError)
+        assert "stop its workers first, or try again" in str(rebuilt.exception)
