@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from droptune.mirror import Tracking
     from droptune.spec.config import Config
     from droptune.storage import Storage
-    from droptune.storage.address import Address
 
 SHOWN = ("droptune", "torch", "optuna", "sqlalchemy", "alembic", "mlflow")
 ANSWER_SECONDS = 5.0  # within which a server has to answer
@@ -145,7 +143,7 @@ def _mlflow(settings: Config) -> str:
         return f"{tracking.redacted}{folder} will be made by the first study that is mirrored"
     if tracking.is_server:
         _ask(tracking)
-    elif _is_empty(settings.storage, tracking):
+    elif _is_empty(tracking):
         return f"{tracking.redacted} is empty; the first study that is mirrored makes its tables"
     os.environ.update({name: value for name, value in QUICK.items() if name not in os.environ})
     tracking.connect()
@@ -179,31 +177,16 @@ def _ask(tracking: Tracking) -> None:
         ) from None
 
 
-def _is_empty(storage: str, tracking: Tracking) -> bool:
-    """Whether a database of MLflow's, which it may have and which answers, has no tables yet.
+def _is_empty(tracking: Tracking) -> bool:
+    """Whether a database of MLflow's, which answers, has no tables yet.
 
-    Its own client would try for minutes, and into the studies' own database it would put its
-    tables before it notices that it cannot.
+    Its own client would try for minutes.
     """
     from droptune.storage.address import Address
     from droptune.storage.creation import tables
     from droptune.storage.database import Database
 
-    ours, theirs = Address.parse(storage), Address.parse(tracking.uri)
-    if _place(ours) == _place(theirs):
-        raise DroptuneError(
-            f"MLflow and the studies share {tracking.redacted}, and both own the table "
-            "alembic_version: give MLflow another database with MLFLOW_TRACKING_URI (or another "
-            "PostgreSQL schema: ?options=-csearch_path%3Dmlflow)"
-        )
-    return not Database(theirs).read(tables)
-
-
-def _place(address: Address) -> tuple[str | None, ...]:
-    """Two addresses with the same place share their tables."""
-    url = address.url
-    schema = re.search(r"search_path(?:=|%3D)(\w+)", str(url.query.get("options", "")))
-    return (address.dialect, url.host, url.database, schema and schema[1])
+    return not Database(Address.parse(tracking.uri)).read(tables)
 
 
 # -- this machine ---------------------------------------------------------------------------------

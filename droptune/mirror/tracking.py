@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from droptune.errors import DroptuneError, StorageError, UsageError
-from droptune.storage.address import DRIVERS, Address, mask, mask_options
+from droptune.storage.address import DRIVERS, Address, mask, mask_options, same_tables
 
 # A call must not block for minutes: MLflow's own defaults wait 247 s for a server that is down.
 # The syncer repeats whatever failed, so one quick retry per call is enough.
@@ -64,9 +64,19 @@ class Tracking:
 
     @classmethod
     def resolve(cls, configured: str | None, storage_url: str) -> Tracking:
-        """The configured address, or `mlflow.db` beside the study's database (else here)."""
+        """The configured address, or `mlflow.db` beside the study's database (else here).
+
+        Raises UsageError, in one line, where MLflow cannot be there.
+        """
         if configured is None:
             configured = f"sqlite:///{_beside(storage_url) / 'mlflow.db'}"
+        found = cls._read(configured)
+        if same_tables(found.uri, storage_url):
+            raise UsageError(_shared(found))
+        return found
+
+    @classmethod
+    def _read(cls, configured: str) -> Tracking:
         scheme = configured.partition("://")[0].partition("+")[0]
         if scheme in ("http", "https"):
             if "@" in urlsplit(configured).netloc:
@@ -76,27 +86,19 @@ class Tracking:
                 )
             return cls(configured.rstrip("/"))
         if scheme == "sqlite":
-            return cls._sqlite(configured, storage_url)
+            path = _sqlite_path(configured)
+            if path is None:
+                raise UsageError(
+                    f"MLflow address {mask(configured)!r} has no file: give sqlite:///FILE or a "
+                    "server"
+                )
+            return cls(f"sqlite:///{path}", path.parent / "mlartifacts")
         if scheme in (*DRIVERS, "mssql"):
             return cls(_with_driver(configured), Path.cwd() / "mlartifacts")
         raise UsageError(
             f"MLflow address {mask(configured)!r} cannot be used: give http(s)://…, sqlite:///FILE "
             "or a database URL (MLflow's file store is gone since 3.13)"
         )
-
-    @classmethod
-    def _sqlite(cls, configured: str, storage_url: str) -> Tracking:
-        path = _sqlite_path(configured)
-        if path is None:
-            raise UsageError(
-                f"MLflow address {mask(configured)!r} has no file: give sqlite:///FILE or a server"
-            )
-        if path == _sqlite_path(storage_url):
-            raise UsageError(
-                f"{path} is the study's database and cannot be MLflow's too (both own the table "
-                "alembic_version): give another file, for example sqlite:///mlflow.db"
-            )
-        return cls(f"sqlite:///{path}", path.parent / "mlartifacts")
 
     @property
     def database(self) -> Path | None:
@@ -262,6 +264,19 @@ def _sqlite_path(url: str) -> Path | None:
     if match is None or match[1] == ":memory:":
         return None
     return Path(match[1]).expanduser().resolve()
+
+
+def _shared(tracking: Tracking) -> str:
+    """Why MLflow cannot have the studies' database, and what to give it."""
+    another = "another database with MLFLOW_TRACKING_URI"
+    if tracking.database is not None:
+        another = "another file, for example sqlite:///mlflow.db"
+    elif tracking.uri.startswith("postgresql"):
+        another += ", or another schema, made first: ?options=-csearch_path%3Dmlflow"
+    return (
+        f"{tracking.database or tracking.redacted} is the studies' database and cannot be MLflow's "
+        f"too (both own the table alembic_version): give MLflow {another}"
+    )
 
 
 def _with_driver(url: str) -> str:

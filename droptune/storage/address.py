@@ -21,6 +21,9 @@ NETWORK_FILE_SYSTEMS = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "afs", "orangefs",
     "glusterfs", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.gcsfuse", "fuse.s3fs",
 }  # fmt: skip
+_PORTS = {"postgresql": 5432, "mysql": 3306}
+_THIS_HOST = ("localhost", "127.0.0.1", "::1")
+_SCHEMA = re.compile(r"search_path=(\w+)")
 _SECRET = "pass|pwd|secret|token|credential"
 _SECRET_KEY = re.compile(_SECRET, re.IGNORECASE)
 _SECRET_OPTION = re.compile(rf"(\w*(?:{_SECRET})\w*=)[^&\s]+", re.IGNORECASE)
@@ -63,6 +66,21 @@ class Address:
         """The file of a SQLite database."""
         return Path(str(self.url.database)) if self.dialect == "sqlite" else None
 
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Where the tables are: two addresses of one place share them."""
+        if self.path is not None:
+            return (self.path.resolve(),)
+        host = str(self.url.host or self.url.query.get("host", "")).lower()
+        schema = _SCHEMA.search(str(self.url.query.get("options", "")))
+        return (
+            self.dialect,
+            "" if host in _THIS_HOST else host,
+            self.url.port or _PORTS[self.dialect],
+            self.url.database,
+            schema[1] if schema else "public",
+        )
+
     def scrub(self, message: str) -> str:
         """The message on one line and without this URL's secrets."""
         for secret in _secrets(self.url):
@@ -75,6 +93,14 @@ class Address:
             return None
         kind = file_system(self.path.resolve().parent)
         return kind if kind in NETWORK_FILE_SYSTEMS else None
+
+
+def same_tables(one: str, other: str) -> bool:
+    """Whether two URLs lead to the same tables; one that cannot be used leads to none."""
+    try:
+        return Address.parse(one).place == Address.parse(other).place
+    except StorageError:
+        return False
 
 
 def redact(url: sa.URL) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from droptune.errors import StorageError
 from droptune.storage import Storage
-from droptune.storage.address import NETWORK_FILE_SYSTEMS, Address, file_system
+from droptune.storage.address import NETWORK_FILE_SYSTEMS, Address, file_system, same_tables
 from droptune.storage.database import engine_options
 
 
@@ -84,6 +84,30 @@ def test_the_urls_own_options_are_kept():
     assert "connect_timeout" not in options
     assert options["prepare_threshold"] is None
     assert options["tcp_user_timeout"] == 60_000
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("postgresql://u:a@h/d", "postgres://v:b@H:5432/d?sslmode=require", True),
+        ("postgresql://h/d", "postgresql://h:5433/d", False),
+        ("postgresql://h/d", "postgresql://h/e", False),
+        ("postgresql://h/d", "postgresql://i/d", False),
+        ("postgresql://h/d", "postgresql://h/d?options=-csearch_path%3Dmlflow", False),
+        ("postgresql://h/d", "postgresql://h/d?options=-csearch_path%3Dpublic", True),
+        ("postgresql:///d?host=/run/one", "postgresql:///d?host=/run/two", False),
+        ("postgresql:///d", "postgresql://localhost/d", True),
+        ("mysql://h/d", "mariadb+pymysql://h:3306/d", True),
+        ("mysql://localhost/d", "mysql://127.0.0.1/d", True),
+        ("mysql://h/d", "mysql://h:3307/d", False),
+        ("mysql://h/d", "postgresql://h/d", False),
+        ("sqlite:///a/../x.db", "sqlite:///x.db?timeout=5", True),
+        ("sqlite:///x.db", "sqlite:///y.db", False),
+        ("http://h", "http://h", False),
+    ],
+)
+def test_addresses_that_share_their_tables(one, other, same):
+    assert same_tables(one, other) is same
 
 
 def test_a_file_system_is_recognised(tmp_path):

@@ -136,7 +136,7 @@ def test_a_database_that_is_mlflows(tmp_path):
     code, lines = doctor(tmp_path, DROPTUNE_STORAGE=url, MLFLOW_TRACKING_URI=url)
     assert code == 1
     assert "holds MLflow's tables" in lines["database"]
-    assert "give another file" in lines["mlflow"]
+    assert "give MLflow another file" in lines["mlflow"]
 
 
 @pytest.mark.parametrize("kind", ["nobody", "silent"])

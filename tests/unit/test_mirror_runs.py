@@ -15,8 +15,10 @@ import pytest
 from crew import make_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from droptune.cli import running
+from droptune.cli.mirror import app as mirror_app
 from droptune.errors import UsageError
 from droptune.mirror import MirroredStudy, Tracking, note, opening, runs, views
 from droptune.mirror import SyncResult as Done
@@ -371,6 +373,24 @@ def test_addresses_that_cannot_work_are_refused(given, words):
     with pytest.raises(UsageError, match=words) as refused:
         Tracking.resolve(given, "sqlite:////tmp/x/droptune.db")
     assert "pw" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [("postgresql", "another database .* or another schema"), ("mariadb", "another database")],
+)
+def test_the_studies_database_is_refused_before_anything_is_written(monkeypatch, scheme, words):
+    """By the companion of a worker too, which is the command `mirror sync --follow`."""
+    studies, given = f"{scheme}://me:pw@localhost/d", f"{scheme}://other:pw@127.0.0.1/d"
+    with pytest.raises(UsageError, match=f"alembic_version.*{words}") as refused:
+        Tracking.resolve(given, studies)
+    assert "pw" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert Tracking.resolve(f"{scheme}://me@localhost:1/d", studies).uri
+    monkeypatch.setenv("DROPTUNE_STORAGE", studies)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    followed = CliRunner().invoke(mirror_app, ["sync", "--follow", "--until-input-closes"])
+    assert str(followed.exception) == str(refused.value)
 
 
 @pytest.mark.parametrize("password", ["secret", "sec/ret", "sec@ret"])
