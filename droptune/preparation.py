@@ -147,6 +147,7 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
         "test": splits.test.n if splits.test is not None else 0,
     }
     meta = {
+        "root": str(root.resolve()),
         "fingerprint": fingerprint(spec.program, root),
         "versions": _versions(),
         "commit": _commit(root),

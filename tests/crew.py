@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,9 @@ def make_study(storage, folder, *, name="study", program=PROGRAM, **changes):
     known = (name, program, tuple(changes.items()))
     if known not in _prepared:
         _prepared[known] = prepare(StudySpec.load(file), folder)
-    return Study.create(storage, _prepared[known])[0]
+    prepared = _prepared[known]
+    here = replace(prepared, root=folder, meta={**prepared.meta, "root": str(folder)})
+    return Study.create(storage, here)[0]
 
 
 _prepared = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,12 +85,20 @@ def create(file: FileArgument, name: RenameOption = None, storage: StorageOption
     """Create the study in SQL; print its predicted cost and the next command."""
     study, prepared, before = _create(file, name, storage)
     introduce(study, prepared, before)
-    project = () if prepared.root == config().root else ("--project", str(prepared.root))
-    print(f"next: {_worker(study.name, storage, *project)}")
+    print(f"next: {_worker(study, storage, prepared.root)}")
 
 
-def _worker(name: str, storage: str | None, *options: str) -> str:
-    return command("worker", "start", name, "--until-done", *options, storage=storage)
+def _worker(study: Study, storage: str | None, root: Path | None = None) -> str:
+    """The command that trains a study from here."""
+    root = root or _root(study)
+    project = () if root == config().root else ("--project", str(root))
+    return command("worker", "start", study.name, "--until-done", *project, storage=storage)
+
+
+def _root(study: Study) -> Path:
+    """The project that it was created from, where this machine has it; else the one here."""
+    recorded = study.row.meta.get("root", "")  # an earlier version kept none
+    return Path(recorded) if os.path.isdir(recorded) else config().root
 
 
 def _create(
@@ -234,7 +243,7 @@ def show(
         then = "best" if study.phase() == "done" else "resume"
         print(f"next: {command('study', then, name, storage=storage)}")
     elif all(worker.state != "alive" for worker in study.storage.list_workers()):
-        print(f"no worker is alive; go on with: {_worker(name, storage)}")
+        print(f"no worker is alive; go on with: {_worker(study, storage)}")
 
 
 def _news(study: Study) -> Iterator[str]:
@@ -292,7 +301,7 @@ def confirm(
     """Queue confirmations (or more of them) for the workers; trains nothing itself."""
     study = open_study(name, storage)
     queued = study.confirm(top=top, max_seeds=max_seeds, ablate=ablate)
-    going_on = _worker(name, storage)
+    going_on = _worker(study, storage)
     if study.phase() == "stopped":
         going_on = command("study", "resume", name, storage=storage)
     if queued is None:
@@ -363,10 +372,11 @@ def stop(name: NameArgument, storage: StorageOption = None) -> None:
 def resume(name: NameArgument, storage: StorageOption = None) -> None:
     """Let workers go on with a stopped study."""
     _set_status(name, storage, "active")
-    if open_study(name, storage).phase() == "done":
+    study = open_study(name, storage)
+    if study.phase() == "done":
         print(f"study {name!r} is done; next: {command('study', 'best', name, storage=storage)}")
     else:
-        print(f"study {name!r} is active; next: {_worker(name, storage)}")
+        print(f"study {name!r} is active; next: {_worker(study, storage)}")
 
 
 def _set_status(name: str, url: str | None, status: str) -> None:
@@ -385,11 +395,20 @@ def delete(
     if not yes:
         typer.confirm(f"Delete study {name!r} with {len(study.records())} trainings?", abort=True)
     from droptune.launch.recorded import forget_jobs
-    from droptune.trainers.checkpoint import CheckpointStore
 
-    store = CheckpointStore.of(study, config(storage).root)
     ids = study.storage.delete_study(name)
-    for training_id in ids:
-        store.delete(training_id)
+    for root in {config().root, _root(study)}:
+        _delete_checkpoints(study, root, ids)
     forget_jobs(study.storage, name)
     print(f"study {name!r} deleted")
+
+
+def _delete_checkpoints(study: Study, root: Path, ids: Sequence[int]) -> None:
+    from droptune.trainers.checkpoint import CheckpointStore
+
+    store = CheckpointStore.of(study, root)
+    try:
+        for training_id in ids:
+            store.delete(training_id)
+    except OSError as error:  # another user's
+        print(f"checkpoints are left behind: {error.filename}: {error.strerror}")

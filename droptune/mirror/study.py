@@ -48,7 +48,7 @@ class MirroredStudy:
             objectives=spec.objectives,
             spec=row.spec,
             sites=row.sites,
-            meta=row.meta,
+            meta={k: value for k, value in row.meta.items() if k != "root"},  # nobody's business
             phase=row.phase,
             status=row.status,
             experiment_name=spec.experiment,

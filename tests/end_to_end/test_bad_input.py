@@ -10,9 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from droptune.cli import main
 from droptune.storage import Storage
+from droptune.study import Study
+from droptune.trainers.checkpoint import CheckpointStore
 from droptune.training import Measurement, State
 
 MODEL = """
@@ -241,6 +244,32 @@ def test_a_stopped_study_says_what_a_new_run_does(create, droptune, project):
     shown = droptune("study", "show", "study", cwd=project).stdout
     assert "stopped" in shown
     assert "study resume study" in shown
+
+
+def test_a_study_of_a_project_below_is_known_by_its_folder(droptune, project):
+    above = project.parent
+    made = droptune("study", "create", "a project/study.yaml", cwd=above).stdout
+    going_on = f"droptune worker start study --until-done --project '{project}'"
+    assert made.strip().endswith(going_on)
+    url = f"sqlite:///{above}/droptune.db"
+    for word in ("show", "confirm", "resume"):
+        assert going_on in droptune("study", word, "study", cwd=above).stdout
+    within = droptune("study", "show", "study", "--storage", url, cwd=project).stdout
+    assert "droptune worker start study" in within
+    assert "--project" not in within
+    study = Study.open(Storage.open(url), "study")
+    store = CheckpointStore.of(study, project)
+    training = study.records()[0].training.id
+    assert store.save_weights(training, {"w": torch.ones(2)}, {})
+    assert "deleted" in droptune("study", "delete", "study", "--yes", cwd=above).stdout
+    assert store.load_weights(training) is None
+
+
+def test_a_project_that_this_machine_has_not_is_not_named(droptune, project):
+    above = project.parent
+    droptune("study", "create", "a project/study.yaml", cwd=above)
+    project.rename(above / "elsewhere")
+    assert "--project" not in droptune("study", "show", "study", cwd=above).stdout
 
 
 def test_every_json_is_json(create, droptune, project):

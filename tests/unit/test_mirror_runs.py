@@ -474,6 +474,15 @@ def test_the_mirror_imports_mlflow_only_when_it_writes():
     assert not {"mlflow", "torch", "optuna"} & set(done.stdout.split())
 
 
+def test_where_the_project_lies_is_not_told_to_mlflow(tmp_path):
+    storage = Storage.open(f"sqlite:///{tmp_path}/droptune.db", create=True)
+    row = make_study(storage, tmp_path, name="placed").row
+    assert row.meta["root"] == str(tmp_path)
+    shown = MirroredStudy.of(row)
+    assert "root" not in json.loads(note.files(shown, [])["study/environment.json"])
+    assert not [value for value in note.settings(shown).values() if str(tmp_path) in value]
+
+
 def test_who_lost_the_lease_leaves_the_others_state_alone(tmp_path):
     storage = Storage.open(f"sqlite:///{tmp_path}/droptune.db", create=True)
     study = make_study(storage, tmp_path)
