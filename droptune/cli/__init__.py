@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 import typer
 
 from droptune.cli import launch, mirror, study, trial, worker
 from droptune.cli.demo import demo
 from droptune.cli.doctor import doctor
+from droptune.cli.output import drop_unread
 from droptune.cli.sites import sites
 from droptune.errors import DroptuneError
 
@@ -57,6 +59,13 @@ def options(
 def main() -> None:
     """Run the command; a failure is one line on stderr and an exit code of the errors' tree."""
     try:
+        _run()
+    finally:
+        drop_unread()
+
+
+def _run() -> None:
+    try:
         app()
     except DroptuneError as error:
         _fail(str(error), error.exit_code)
@@ -71,11 +80,12 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    if os.environ.get("DROPTUNE_DEBUG"):
-        import traceback
+    with suppress(OSError, ValueError):  # the exit code counts, whether or not anybody reads
+        if os.environ.get("DROPTUNE_DEBUG"):
+            import traceback
 
-        traceback.print_exc()
-    print(f"droptune: {message}", file=sys.stderr)
+            traceback.print_exc()
+        print(f"droptune: {message}", file=sys.stderr)
     sys.exit(exit_code)
 
 

@@ -41,7 +41,7 @@ def watch(study: Study, done: Callable[[], bool], *, seconds: float = 0.5) -> No
 
 
 def _live(study: Study, done: Callable[[], bool], seconds: float) -> None:
-    console = Console()
+    console = Console(force_terminal=True)  # or it falls silent where the terminal is closed
     redirect = sys.stderr.isatty()
     live = Live(
         panel(study), console=console, auto_refresh=False, transient=True, redirect_stderr=redirect
@@ -70,7 +70,8 @@ def _silent_keys() -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        with suppress(termios.error):  # it may have been closed
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def _lines(study: Study, done: Callable[[], bool], seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from droptune.cli import panel
 from droptune.cli.options import command, config, same_command
+from droptune.cli.output import GONE
 from droptune.errors import DroptuneError, UnknownStudyError, WorkRemainsError
 
 if TYPE_CHECKING:
@@ -126,13 +128,24 @@ def _watching(study: Study) -> Iterator[None]:
     from droptune.study import Study as Opened
 
     watched = Opened.open(study.storage, study.name)
-    thread = threading.Thread(target=panel.watch, args=(watched, ended.is_set), daemon=True)
+    thread = threading.Thread(target=_watch, args=(watched, ended), daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join(timeout=5)
+
+
+def _watch(study: Study, ended: threading.Event) -> None:
+    """Where nobody can read any more, end the workers as when a terminal is closed."""
+    try:
+        panel.watch(study, ended.is_set)
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGHUP)
 
 
 def finish_mirror(study: Study, tracking: Tracking, root: Path, storage: str | None = None) -> None:

@@ -21,6 +21,7 @@ from droptune.launch.marker import take_marker
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 FINAL = (0, ConfigurationError.exit_code)  # a restart is not needed, or cannot help
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+GRACE_SECONDS = 60.0  # to hand trainings back in, when the supervisor itself fails
 FAULTS = (DroptuneError.exit_code, UsageError.exit_code, *(-number for number in CRASHES))
 
 
@@ -105,21 +106,21 @@ class Supervisor:
     SIGINT kills. `run` has to be called in the main thread.
     """
 
-    def __init__(
-        self,
-        workers: Sequence[Supervised],
-        patience: Patience,
-        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-    ) -> None:
+    def __init__(self, workers: Sequence[Supervised], patience: Patience) -> None:
         self.workers = workers
         self.patience = patience
-        self.say = say
         self._signals_seen: list[int] = []
+        self._told = False
 
     @property
     def interrupted(self) -> bool:
         """Whether a signal ended the workers."""
         return bool(self._signals_seen)
+
+    @property
+    def _impatient(self) -> bool:
+        """Whether there was a second Ctrl-C."""
+        return signal.SIGINT in self._signals_seen[1:]
 
     def run(self) -> tuple[int, ...]:
         """Exit codes of all workers (negative: killed by that signal), when the last has ended."""
@@ -129,8 +130,9 @@ class Supervisor:
                     self._sleep(wake)
                     for worker in self.workers:
                         self._look_after(worker)
+                    self._tell()
             finally:
-                self._kill()
+                self._end_all()
         return tuple(worker.code for worker in self.workers if worker.code is not None)
 
     def _look_after(self, worker: Supervised) -> None:
@@ -142,11 +144,11 @@ class Supervisor:
                 worker.code = 75
             elif time.monotonic() >= worker.start_at:
                 log = f", log {_shown(worker.log)}" if worker.log else ""
-                self.say(f"{worker.name}: started, pid {worker.start()}{log}")
+                _say(f"{worker.name}: started, pid {worker.start()}{log}")
         elif (code := worker.process.poll()) is not None:
             worker.process = None
             self._ended(worker, code)
-        elif signal.SIGINT in self._signals_seen[1:]:
+        elif self._impatient:
             worker.kill()
         elif self.interrupted:
             worker.end()
@@ -159,23 +161,23 @@ class Supervisor:
         reason = f" ({worker.failure})" if worker.failure else ""
         if code in FINAL or self.interrupted:
             worker.code = code
-            self.say(f"{worker.name}: ended with exit code {code}{reason}")
+            _say(f"{worker.name}: ended with exit code {code}{reason}")
             return
         if code in FAULTS and worker.failure and worker.failure == before:
             worker.code = code
             again = "twice the same without a finished interval, so not started again"
-            self.say(f"{worker.name}: ended with exit code {code}{reason}; {again}")
+            _say(f"{worker.name}: ended with exit code {code}{reason}; {again}")
             return
         if worker.restarts >= self.patience.restarts:
             worker.code = code
             count = f"{worker.restarts} restarts without a finished interval"
-            self.say(f"{worker.name}: ended with exit code {code}{reason}; given up after {count}")
+            _say(f"{worker.name}: ended with exit code {code}{reason}; given up after {count}")
             return
         worker.restarts += 1
         delay = self.patience.delay(worker.restarts)
         worker.start_at = time.monotonic() + delay
         again = f"restart {worker.restarts} of {self.patience.restarts} in {delay:g} s"
-        self.say(f"{worker.name}: ended with exit code {code}{reason}; {again}")
+        _say(f"{worker.name}: ended with exit code {code}{reason}; {again}")
 
     def _sleep(self, wake: int) -> None:
         """Until a process ends, a signal arrives or a restart is due."""
@@ -184,17 +186,29 @@ class Supervisor:
         if select.select([wake], [], [], min(longest, 5.0))[0]:
             os.read(wake, 4096)
 
-    def _kill(self) -> None:
-        for worker in self.workers:
-            if worker.process is not None:
-                worker.kill()
-                worker.process.wait()
+    def _tell(self) -> None:
+        """Say once which signal it was, after the workers were told."""
+        if self.interrupted and not self._told:
+            self._told = True
+            name = signal.Signals(self._signals_seen[0]).name
+            _say(f"{name}: the workers hand their trainings back (Ctrl-C again kills them)")
+
+    def _end_all(self) -> None:
+        """Where an error of our own leaves workers: let them hand back, then kill what is left."""
+        left = [(worker, worker.process) for worker in self.workers if worker.process is not None]
+        for worker, _ in left:
+            worker.end()
+        end = time.monotonic() + GRACE_SECONDS
+        while any(process.poll() is None for _, process in left):
+            if self._impatient or time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        for worker, process in left:
+            worker.kill()
+            process.wait()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Only take note: the loop is woken by the same signal and acts on it."""
-        if not self.interrupted:
-            name = signal.Signals(number).name
-            self.say(f"{name}: the workers hand their trainings back (Ctrl-C again kills them)")
         self._signals_seen.append(number)
 
     @contextmanager
@@ -215,6 +229,12 @@ class Supervisor:
             signal.set_wakeup_fd(wake_before)
             os.close(reader)
             os.close(writer)
+
+
+def _say(line: str) -> None:
+    """On stderr; its reader or its terminal may be gone, and the workers still have to be ended."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _shown(path: Path) -> Path:

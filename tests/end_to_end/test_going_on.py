@@ -1,13 +1,15 @@
-"""Ctrl-C during `study run`, with every option that matters: the printed line goes on exactly."""
+"""`study run` is ended by Ctrl-C, or by nobody reading it any more, and goes on."""
 
 from __future__ import annotations
 
 import os
+import select
 import shlex
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -87,6 +89,45 @@ def test_the_line_after_ctrl_c_continues_this_study_and_its_mirror(tmp_path):
         assert mlflow.execute("SELECT name FROM registered_models").fetchall()
     report = next(x for x in done.stdout.splitlines() if x.startswith("report:"))
     assert shlex.split(report.partition(":")[2])[-2:] == ["--storage", url]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_it_hands_back_where_nobody_reads_any_more(tmp_path, terminal):
+    """A terminal that goes without a SIGHUP, and `study run … | head -1`."""
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "study.yaml").write_text(STUDY.replace("trials: 3", "trials: 30"))
+    url = f"sqlite:///{tmp_path}/droptune.db"
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("DROPTUNE", "MLFLOW"))}
+    own["TERM"] = "xterm"  # a dumb one has no panel
+    command = [sys.executable, "-m", "droptune", "study", "run", "study.yaml", "--workers", "1"]
+    reader, writer = os.openpty() if terminal else os.pipe()
+    running = subprocess.Popen(
+        [*command, "--name", "other"], cwd=tmp_path, env=own, stdout=writer,
+        stderr=writer if terminal else subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(writer)
+    drain = threading.Thread(target=_read, args=(reader, closing := threading.Event()))
+    drain.start()
+    try:
+        wait_until(lambda: running.poll() is not None or _intervals(url) >= 2, 400)
+        closing.set()
+        drain.join()
+        assert running.wait(200) == 75
+    finally:
+        closing.set()
+        running.kill()
+    study = Study.open(Storage.open(url), "other")
+    assert study.progress().running == 0
+    assert all(row.state == "ended" for row in study.storage.list_workers(ended=True))
+
+
+def _read(reader: int, closing: threading.Event) -> None:
+    """Read what is printed until told to close."""
+    while not closing.is_set():
+        if select.select([reader], [], [], 0.1)[0]:
+            os.read(reader, 4096)
+    os.close(reader)
 
 
 def _intervals(url: str) -> int:
