@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from droptune.cli.options import StorageOption, command, config, open_storage
+from droptune.cli.width import WidthOption
 from droptune.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -60,9 +61,6 @@ DeviceOption = Annotated[
         metavar="auto|cpu|cuda[:N,…]|mps",
         help="What to train on; an engine assigns a GPU to each worker unless this is cpu.",
     ),
-]
-WidthOption = Annotated[
-    str, typer.Option("--width", metavar="auto|K", help="Trainings fused on each device.")
 ]
 ProjectOption = Annotated[
     Path | None, typer.Option("--project", metavar="DIR", help="The folder with the programs.")

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 20.0  # for a server that is away for a moment, or busy
 
 
+def check_devices(device: str, workers: int | None) -> None:
+    """Refuse what this machine does not have, as `launch local` does, before a study is made."""
+    from droptune.launch.local import LocalLauncher
+    from droptune.launch.order import Order
+
+    LocalLauncher().check(Order(None, Path.cwd(), "", workers=workers, device=device))
+
+
 def run_here(
     study: Study,
     root: Path,
@@ -98,7 +106,7 @@ def _train_here(
         study.name,
         root,
         _url(study),
-        workers=workers or (None if gpus else cores()),
+        workers=workers or (None if gpus or device == "mps" else cores()),
         device=device,
         width=width,
         tracking=None if tracking is None else tracking.uri,

@@ -24,6 +24,7 @@ from droptune.cli.options import (
     print_json,
     writing,
 )
+from droptune.cli.width import WidthOption
 from droptune.training import State
 from droptune.verdict.wording import counted
 
@@ -166,9 +167,7 @@ def run(
         int | None,
         typer.Option("--workers", metavar="N", min=1, help="CPU workers; default: the cores."),
     ] = None,
-    width: Annotated[
-        str, typer.Option("--width", metavar="auto|K", help="Trainings fused on each device.")
-    ] = "auto",
+    width: WidthOption = "auto",
     confirm: Annotated[
         bool | None,
         typer.Option(
@@ -179,8 +178,9 @@ def run(
     storage: StorageOption = None,
 ) -> None:
     """Create or continue the study, train it here, confirm, and report."""
-    from droptune.cli.running import run_here
+    from droptune.cli.running import check_devices, run_here
 
+    check_devices(device, workers)
     study, prepared, before = _create(file, name, storage, confirm=confirm)
     introduce(study, prepared, before)
     run_here(study, prepared.root, storage=storage, device=device, workers=workers, width=width)

@@ -22,6 +22,7 @@ from droptune.cli.options import (
     open_storage,
     print_json,
 )
+from droptune.cli.width import WidthOption
 from droptune.errors import ConfigurationError, DatabaseAwayError
 from droptune.launch.order import IDLE
 from droptune.verdict.wording import counted
@@ -49,9 +50,7 @@ def start(
     device: Annotated[
         str, typer.Option("--device", metavar="auto|cpu|cuda[:N]|mps", help="Where to train.")
     ] = "auto",
-    width: Annotated[
-        str, typer.Option("--width", metavar="auto|K", help="Trainings fused on the device.")
-    ] = "auto",
+    width: WidthOption = "auto",
     until_done: Annotated[
         bool, typer.Option("--until-done", help="Stay until nothing is left to train, then end.")
     ] = False,
@@ -87,7 +86,7 @@ def start(
     settings, seconds = config(storage), read_seconds(os.environ, until_done=until_done)
     options = WorkerOptions(
         device=device,
-        width=None if width == "auto" else _width(width),
+        width=None if width == "auto" else int(width),
         until_done=until_done,
         root=(project or settings.root).resolve(),
         storage=settings.storage,
@@ -134,12 +133,6 @@ def open_patiently(url: str, *, patience: float, lease: float) -> Storage:
         log.warning("%s Waiting up to %.0f s.", error, patience)
         opened = Storage.open(url, patience=patience, lease_seconds=lease)
     return opened
-
-
-def _width(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is no width; possible: auto, 1, 2, 3, …")
-    return int(text)
 
 
 @app.command("list")

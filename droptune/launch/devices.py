@@ -119,13 +119,13 @@ def select_gpus(device: str, gpus: Sequence[str]) -> tuple[str, ...]:
     """
     if device in ("cpu", "mps") or (device == "auto" and not gpus):
         return ()
+    positions = parse_indices(device.removeprefix("cuda:")) if device.startswith("cuda:") else ()
+    if not positions and device not in ("auto", "cuda"):
+        raise LaunchError(f"--device {device}: possible are auto, cpu, mps, cuda, cuda:0,2")
     if not gpus:
         raise LaunchError(f"--device {device}: no NVIDIA GPU was found here; use --device cpu")
     if device in ("auto", "cuda"):
         return tuple(gpus)
-    positions = parse_indices(device.removeprefix("cuda:")) if device.startswith("cuda:") else ()
-    if not positions:
-        raise LaunchError(f"--device {device!r}: possible are auto, cpu, mps, cuda, cuda:0,2")
     beyond = [index for index in positions if int(index) >= len(gpus)]
     if beyond or len(set(positions)) < len(positions):
         wrong = beyond[0] if beyond else next(i for i in positions if positions.count(i) > 1)

@@ -67,9 +67,17 @@ class Launcher(ABC):
         """Refuse an order that this engine cannot take; called before the other two.
 
         Raises:
-            LaunchError: it names no study, and nobody here could end its workers.
+            LaunchError: it names no study, and nobody here could end its workers; or a device
+                that no engine assigns.
         """
-        if order.study is None and not self.one_machine:
+        if self.one_machine:
+            return
+        if order.device not in ("auto", "cuda", "cpu"):
+            raise LaunchError(
+                f"--device {order.device}: {self.name} assigns devices, so possible are auto, "
+                "cuda (both: a GPU for each worker) and cpu"
+            )
+        if order.study is None:
             raise LaunchError(
                 f"{self.name} needs the NAME of a study: its workers end when that is done"
             )

@@ -38,6 +38,10 @@ class LocalLauncher(Launcher):
 
     python: str = sys.executable
 
+    def check(self, order: Order) -> None:
+        super().check(order)
+        self._places(order)
+
     def describe(self, order: Order) -> str:
         lines = [f"cd {shell_line([str(order.project)])}"]
         for index, place in enumerate(self._places(order)):

@@ -75,7 +75,7 @@ class Order:
     @property
     def on_gpu(self) -> bool:
         """Whether an engine has to assign a GPU to each worker."""
-        return self.device not in ("cpu", "mps")
+        return self.device != "cpu"
 
     def worker_command(
         self, python: str, project: str, device: str, options: Sequence[str] = ()

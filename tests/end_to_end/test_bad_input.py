@@ -207,6 +207,20 @@ def test_nothing_can_be_trained_with_zero(create, project, line):
     refused(create(), "got 0", left=FILES, folder=project)
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--width", "foo"), "--width foo: possible are auto, 1, 2"),
+        (("--device", "cup"), "--device cup: possible are auto, cpu"),
+        (("--device", "mps", "--workers", "2"), "this machine has one"),
+    ],
+)
+def test_a_run_that_cannot_begin_creates_no_study(droptune, project, options, word):
+    (project / "study.yaml").write_text("program: model.py\nmlflow: {mirror: none}\n")
+    result = droptune("study", "run", "study.yaml", *options, cwd=project)
+    refused(result, word, left=FILES, folder=project)
+
+
 def test_files_that_cannot_be_written(create, droptune, project):
     assert create().returncode == 0
     left = {path.name for path in project.iterdir() if path.name != "__pycache__"}

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from droptune.cli.launch import HELP, app
 from droptune.cli.worker import app as workers_app
-from droptune.errors import LaunchError, UnknownStudyError
+from droptune.errors import LaunchError, UnknownStudyError, UsageError
 from droptune.launch import LAUNCHERS
 from droptune.launch.recorded import forget_jobs, recorded_jobs
 from droptune.storage import Storage
@@ -201,6 +201,34 @@ def test_options_may_follow_where_no_study_is_named(study):
     said = run("local", "--dry-run", "--device", "cpu", "--workers", "1", "--", "--until-done")
     assert said.output.count("--until-done") == 1
     assert "digits" not in said.output
+
+
+@pytest.mark.parametrize("name", [n for n, cls in LAUNCHERS.items() if not cls.one_machine])
+@pytest.mark.parametrize("device", ["cup", "mps", "cuda:0,2"])
+def test_engines_take_the_devices_that_they_can_assign(project, monkeypatch, name, device):
+    monkeypatch.setenv("DROPTUNE_STORAGE", SECRET)
+    with pytest.raises(LaunchError, match=f"^--device {device}: {name} assigns devices") as caught:
+        run(name, "digits", "--device", device, "--dry-run")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("width", ["abc", "0", "-1", "1.5", "²", ""])
+@pytest.mark.parametrize("command", LAUNCHERS)
+def test_a_width_is_refused_where_it_is_typed(project, monkeypatch, command, width):
+    monkeypatch.setenv("DROPTUNE_STORAGE", SECRET)
+    with pytest.raises(UsageError, match=f"^--width {width}: possible are auto, 1, 2, 3, …$"):
+        run(command, "digits", "--device", "cpu", "--width", width, "--dry-run")
+
+
+def test_a_worker_refuses_a_width_too(project):
+    with pytest.raises(UsageError, match="--width abc: possible are"):
+        CliRunner().invoke(workers_app, ["start", "--width", "abc"], catch_exceptions=False)
+
+
+def test_local_devices_are_refused_before_a_job_is_recorded(study):
+    with pytest.raises(LaunchError, match="--device cup: possible are auto, cpu, mps, cuda"):
+        run("local", "digits", "--device", "cup")
+    assert recorded_jobs(study) == []
 
 
 def test_the_command_line_answers_without_torch(project):
