@@ -175,6 +175,13 @@ def test_mlflow_lets_workers_in_by_its_name(compose):
     assert {name, f"{name}:*", "localhost:*"} <= set(hosts)
 
 
+def test_mlflow_lets_in_whoever_forwards_its_port():
+    """`kubectl port-forward` prints 127.0.0.1."""
+    manifest = (DOCKER / "kubernetes" / "mlflow.yaml").read_text()
+    (hosts,) = re.findall(r"--allowed-hosts=(\S+)", manifest)
+    assert {"localhost:*", "127.0.0.1:*"} <= set(hosts.split(","))
+
+
 def test_variables_in_compose_are_read_by_somebody(compose):
     source = "".join(path.read_text() for path in (ROOT / "droptune").rglob("*.py"))
     known = {"HOME", "POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD_FILE"}
