@@ -170,13 +170,13 @@ def _storage_file(flag: str | None) -> Path | None:
 def _tracking(settings: Config, launcher: Launcher) -> str | None:
     """MLflow's address for the workers; a file on this machine is none for others."""
     address = settings.tracking
-    if launcher.one_machine or address is None or "://" not in address:
-        return address if launcher.one_machine else None
-    if address.startswith(("sqlite:", "file:")):
-        typer.echo(
-            "MLflow's store is a file here, so workers elsewhere will not mirror: run "
-            "`droptune mirror sync` here, or set MLFLOW_TRACKING_URI to a server",
-            err=True,
-        )
-        return None
-    return address
+    if launcher.one_machine:
+        return address
+    if address and "://" in address and not address.startswith(("sqlite:", "file:")):
+        return address
+    typer.echo(
+        "MLflow's store is a file here, so workers elsewhere will not mirror: run "
+        "`droptune mirror sync` here, or set MLFLOW_TRACKING_URI to a server",
+        err=True,
+    )
+    return None

@@ -76,6 +76,9 @@ def start(
     the database is away, DROPTUNE_IDLE_SECONDS (600; with --until-done: for ever) how long it
     stays where nothing can be claimed, DROPTUNE_LEASE_SECONDS (60) when others take over what it
     trained after its death, DROPTUNE_CHECKPOINT_SECONDS (30) how often it saves.
+
+    DROPTUNE_MIRROR=none keeps it from writing to MLflow; `droptune launch` sets it where workers
+    on other machines have no MLflow server.
     """
     from droptune.launch.devices import present_gpus, restrict_devices
 

@@ -17,6 +17,7 @@ STORAGE = "DROPTUNE_STORAGE"
 STORAGE_FILE = "DROPTUNE_STORAGE_FILE"
 TRACKING = "MLFLOW_TRACKING_URI"
 IDLE = "DROPTUNE_IDLE_SECONDS"
+MIRROR = "DROPTUNE_MIRROR"  # "none" where workers have no MLflow server: a file is for one machine
 
 FOLDER = "droptune-launch"
 

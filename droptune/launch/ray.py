@@ -10,6 +10,7 @@ from droptune.launch.job import JOB, Job, Record
 from droptune.launch.launcher import Launcher, need_program, run_engine
 from droptune.launch.order import (
     IDLE,
+    MIRROR,
     STORAGE,
     STORAGE_FILE,
     TRACKING,
@@ -79,6 +80,8 @@ class RayLauncher(Launcher):
         }
         if tracking := order.open_tracking():
             settings[TRACKING] = tracking
+        else:
+            settings[MIRROR] = "none"
         device = "cuda" if order.on_gpu else order.device
         command = ["env", *(f"{key}={value}" for key, value in settings.items())]
         command += [self.python, "-m", "droptune", "launch", "local", "--workers", "1"]

@@ -31,6 +31,7 @@ from droptune.errors import (
 from droptune.launch.devices import cores
 from droptune.launch.job import JOB
 from droptune.launch.marker import mark_interval
+from droptune.launch.order import MIRROR
 from droptune.mirror.syncer import Companion
 from droptune.program.loading import load_program
 from droptune.program.source import fingerprint
@@ -114,7 +115,8 @@ class Worker:
 
     def _mirror(self, study: Study) -> None:
         """Start a process beside this one that copies to MLflow, once a study wants it."""
-        if study.spec.mlflow.mirror == "worker" and not self._mirrors:
+        wanted = study.spec.mlflow.mirror == "worker" and os.environ.get(MIRROR) != "none"
+        if wanted and not self._mirrors:
             self._mirrors = True
             storage, tracking = self.options.storage, self.options.tracking
             companion = Companion(

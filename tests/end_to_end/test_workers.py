@@ -109,6 +109,18 @@ def test_a_signal_ends_a_worker_that_is_still_loading(storage, url, folder):
     assert State.RUNNING not in states(study)
 
 
+@pytest.mark.databases("sqlite")
+def test_a_worker_that_is_to_mirror_nothing_makes_no_file_for_mlflow(storage, url, folder):
+    study = make_study(storage, folder, mlflow="{mirror: worker}", **SMALL)
+    (folder / "droptune.toml").write_text('tracking = "sqlite:///mlflow.db"\n')
+    with Crew(url, folder, DROPTUNE_MIRROR="none") as crew:
+        worker = crew.start("study", "--until-done")
+        assert end(worker) == 0
+        assert "mirror" not in worker.log.read_text()
+    assert study.phase() == "done"
+    assert list(folder.parent.rglob("mlflow.db*")) == []
+
+
 # -- workers that can never work ----------------------------------------------------------------
 
 

@@ -123,7 +123,7 @@ def test_no_devices_are_asked_for_where_workers_would_end_at_once(
 
 def test_slurm_from_end_to_end_of_the_command(project, sbatch, postgres_study):
     result = run("slurm", "digits", "--workers", "2", "--", "--partition=gpu", "--time=1:00:00")
-    assert result.output.splitlines()[0] == "submitted 2 workers: slurm 4711_0 to slurm 4711_1"
+    assert result.stdout.splitlines()[0] == "submitted 2 workers: slurm 4711_0 to slurm 4711_1"
     assert sbatch.read_text().startswith("--parsable --partition=gpu --time=1:00:00 /")
     assert [job.name for job in recorded_jobs(postgres_study)] == ["slurm 4711_0", "slurm 4711_1"]
     host = {"host": "node-1", "pid": 7, "device": "cuda:0"}
@@ -170,12 +170,16 @@ def test_mlflow_on_a_file_is_not_offered_to_other_machines(project, monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     result = run("slurm", "digits", "--dry-run")
     assert "MLFLOW_TRACKING_URI=" not in result.stdout
+    assert "export DROPTUNE_MIRROR=none" in result.stdout
+    assert "workers elsewhere will not mirror" in result.stderr
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # then it would be a file on the nodes
+    result = run("slurm", "digits", "--dry-run")
+    assert "export DROPTUNE_MIRROR=none" in result.stdout
     assert "workers elsewhere will not mirror" in result.stderr
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert (
-        "export MLFLOW_TRACKING_URI=http://mlflow:5000\n"
-        in run("slurm", "digits", "--dry-run").stdout
-    )
+    result = run("slurm", "digits", "--dry-run")
+    assert "export MLFLOW_TRACKING_URI=http://mlflow:5000\n" in result.stdout
+    assert "DROPTUNE_MIRROR" not in result.output
 
 
 def test_restarts_and_lines_of_the_file(project, monkeypatch):

@@ -97,6 +97,12 @@ def test_the_example_is_what_the_launcher_writes():
     assert launcher(**settings).manifest(given) == EXAMPLE.read_text()
 
 
+def test_without_an_mlflow_server_workers_mirror_nothing():
+    assert environment(manifest(order()))["DROPTUNE_MIRROR"]["value"] == "none"
+    with_server = environment(manifest(order(tracking="http://mlflow:5000")))
+    assert "DROPTUNE_MIRROR" not in with_server
+
+
 def test_workers_are_indices_of_one_job():
     job = manifest(order(workers=7))
     assert job["spec"]["completionMode"] == "Indexed"

@@ -103,6 +103,13 @@ def test_the_line_runs_in_a_shell_whatever_the_names_are(tmp_path, ray):
     assert list(Path(tmp_path).rglob("gone")) == []
 
 
+def test_without_an_mlflow_server_its_workers_mirror_nothing(tmp_path, ray):
+    fake = tmp_path / "fake"
+    RayLauncher(python=str(make_fake_python(fake, "0"))).submit(order(tmp_path), lambda jobs: None)
+    subprocess.run(ray()[0]["line"], shell=True, check=True, cwd=tmp_path)
+    assert starts(fake)[0]["DROPTUNE_MIRROR"] == "none"
+
+
 def test_cpu_workers_ask_for_no_gpu(tmp_path):
     said = RayLauncher().describe(order(tmp_path, device="cpu", workers=2))
     assert len(said.splitlines()) == 2

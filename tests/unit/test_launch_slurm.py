@@ -138,6 +138,12 @@ def test_the_environment_of_the_worker(tmp_path, clients):
     assert start["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
     assert start["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1")
     assert start["folder"] == str(tmp_path / "pro ject's $HOME")
+    assert "DROPTUNE_MIRROR" not in start
+
+
+def test_without_an_mlflow_server_workers_mirror_nothing(tmp_path, clients):
+    finish(tmp_path, ["0"])
+    assert starts(tmp_path / "fake")[0]["DROPTUNE_MIRROR"] == "none"
 
 
 def test_hostile_names_and_paths_are_words_only(tmp_path, clients):
