@@ -106,9 +106,7 @@ def test_seconds_come_from_the_environment():
     for wrong in ("soon", "-1", "inf", "nan"):
         with pytest.raises(ConfigurationError, match=f"DROPTUNE_PATIENCE={wrong}"):
             read_seconds({"DROPTUNE_PATIENCE": wrong})
-    with pytest.raises(
-        ConfigurationError, match="DROPTUNE_LEASE_SECONDS=0: give a number"
-    ):
+    with pytest.raises(ConfigurationError, match="DROPTUNE_LEASE_SECONDS=0: give a number"):
         read_seconds({"DROPTUNE_LEASE_SECONDS": "0"})
 
 
