@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +217,7 @@ class Supervisor:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         wake_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        handlers = dict.fromkeys(STOPPING, self._on_signal)
+        handlers = dict.fromkeys(heeded(STOPPING), self._on_signal)
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         child_before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
         try:
@@ -229,6 +229,12 @@ class Supervisor:
             signal.set_wakeup_fd(wake_before)
             os.close(reader)
             os.close(writer)
+
+
+def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Without SIGHUP where it is ignored: whoever says nohup wants to go on after a hang-up."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in numbers if not (ignored and number is signal.SIGHUP)]
 
 
 def _say(line: str) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from droptune.errors import WorkRemainsError
+from droptune.launch.supervisor import heeded
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
@@ -34,7 +35,7 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._on_signal) for number in ENDING}
+        before = {number: signal.signal(number, self._on_signal) for number in heeded(ENDING)}
         try:
             yield
         finally:

@@ -274,6 +274,19 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path, running, number):
     assert "the workers handed their trainings back" in said
 
 
+def test_nohup_means_to_go_on_after_a_hang_up(tmp_path, running):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as its children begin
+    try:
+        process = running("wait")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert "SIGHUP" not in said
+    assert "SIGTERM" in said
+
+
 def test_a_second_ctrl_c_kills(tmp_path, running):
     process = running("deaf")
     process.send_signal(signal.SIGINT)

@@ -45,6 +45,18 @@ def test_the_first_signal_is_kept_and_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_hang_up_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = Signals(lambda: None)
+    try:
+        with signals.handled():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.first is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_breaks_what_holds_nothing():
     signals = Signals(lambda: None)
     with signals.handled():
