@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from droptune.errors import StorageError, StudyChangedError, UsageError
@@ -371,6 +372,12 @@ class Study:
         return predicted_cost(
             self.spec.confirm, trials=trials, baselines=baselines, intervals=self.row.intervals
         )
+
+    def project(self, here: Path) -> Path:
+        """`here` where that has the study's program, else the folder that it was created from."""
+        recorded = Path(self.row.meta.get("root", here))  # an earlier version kept none
+        file = self.spec.program.partition(":")[0]
+        return here if (here / file).exists() or not recorded.is_dir() else recorded
 
     def kept_weights(self) -> set[int]:
         """The trainings (ids) whose weights are still needed: the best trial's, confirmations'."""

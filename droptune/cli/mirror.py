@@ -167,7 +167,8 @@ def _mirror(storage: Storage, tracking: Tracking, root: Path, name: str) -> Mirr
             f"study {name!r} is kept out of MLflow (mlflow: mirror: none): write worker or "
             "external there in its study file, and run `droptune study create FILE` again"
         )
-    return open_mirror(Study.open(storage, name), tracking, root)
+    study = Study.open(storage, name)
+    return open_mirror(study, tracking, study.project(root))
 
 
 def _mirrored(storage: Storage, name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -91,15 +90,9 @@ def create(file: FileArgument, name: RenameOption = None, storage: StorageOption
 
 def _worker(study: Study, storage: str | None, root: Path | None = None) -> str:
     """The command that trains a study from here."""
-    root = root or _root(study)
+    root = root or study.project(config().root)
     project = () if root == config().root else ("--project", str(root))
     return command("worker", "start", study.name, "--until-done", *project, storage=storage)
-
-
-def _root(study: Study) -> Path:
-    """The project that it was created from, where this machine has it; else the one here."""
-    recorded = study.row.meta.get("root", "")  # an earlier version kept none
-    return Path(recorded) if os.path.isdir(recorded) else config().root
 
 
 def _create(
@@ -397,7 +390,7 @@ def delete(
     from droptune.launch.recorded import forget_jobs
 
     ids = study.storage.delete_study(name)
-    for root in {config().root, _root(study)}:
+    for root in {config().root, study.project(config().root)}:
         _delete_checkpoints(study, root, ids)
     forget_jobs(study.storage, name)
     print(f"study {name!r} deleted")

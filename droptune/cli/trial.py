@@ -127,8 +127,9 @@ def replay(
     from droptune.workers.device import find_device
     from droptune.workers.replay import replay as train_again
 
-    root = (project or config(storage).root).resolve()
-    replayed = train_again(open_study(name, storage), number, root, find_device(device))
+    study = open_study(name, storage)
+    root = (project or study.project(config(storage).root)).resolve()
+    replayed = train_again(study, number, root, find_device(device))
     print(replayed.text())
     if not replayed.agrees:
         raise typer.Exit(1)
