@@ -48,7 +48,7 @@ class MirroredStudy:
             objectives=spec.objectives,
             spec=row.spec,
             sites=row.sites,
-            meta={k: value for k, value in row.meta.items() if k != "root"},  # nobody's business
+            meta={k: value for k, value in row.meta.items() if k != "root"},  # of one machine
             phase=row.phase,
             status=row.status,
             experiment_name=spec.experiment,

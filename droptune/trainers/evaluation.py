@@ -45,17 +45,18 @@ class Measuring:
         self._slots = slots
         self._axis = int(slots)
         self._held: list[tuple[Tensor, Tensor]] = []
+        self._numbers = 0  # of the predictions that are held
         self._total: Sums = {}
 
     def add(self, predicted: Tensor, targets: Tensor) -> None:
         if self._held:
-            alike = self._alike(predicted, targets)
-            held = sum(part.numel() for part, _ in self._held) + predicted.numel()
-            if isinstance(self._metrics, Additive) and (not alike or held > HELD):
+            alike, numbers = self._alike(predicted, targets), self._numbers + predicted.numel()
+            if isinstance(self._metrics, Additive) and (not alike or numbers > HELD):
                 self._sum_up(self._metrics)
             elif not alike:
                 raise self._unequal(predicted)
         self._held.append((predicted, targets))
+        self._numbers += predicted.numel()
 
     def _alike(self, *pair: Tensor) -> bool:
         """Whether this pair can be joined to those that are held."""
@@ -74,12 +75,12 @@ class Measuring:
     def _joined(self) -> tuple[Tensor, Tensor, bool]:
         """All that is held, and whether its targets [n, ...] are those of all slots."""
         predicted, targets = ([pair[i] for pair in self._held] for i in (0, 1))
-        self._held = []
+        self._held, self._numbers = [], 0
         shared = self._slots and all(part.stride(0) == 0 for part in targets)
-        axis = self._axis
-        if shared:
-            return torch.cat(predicted, axis), torch.cat([part[0] for part in targets]), True
-        return torch.cat(predicted, axis), torch.cat(targets, axis), False
+        joined = (
+            torch.cat([part[0] for part in targets]) if shared else torch.cat(targets, self._axis)
+        )
+        return torch.cat(predicted, self._axis), joined, shared
 
     def _of(self, function: Metrics, predicted: Tensor, targets: Tensor, shared: bool) -> Any:
         if not self._slots:
@@ -97,15 +98,17 @@ class Measuring:
         metrics = self._metrics
         if isinstance(metrics, Additive):
             self._sum_up(metrics)
-            made = (torch.func.vmap(metrics.of) if self._slots else metrics.of)(self._total)
-            return _rows(made) if self._slots else _floats([made])
+            return (
+                _rows(torch.func.vmap(metrics.of)(self._total))
+                if self._slots
+                else _floats([metrics.of(self._total)])
+            )
         predicted, targets, shared = self._joined()
+        if not self._slots:
+            return _floats([metrics(predicted, targets)])
         try:
-            made = self._of(metrics, predicted, targets, shared)
-            return _rows(made) if self._slots else _floats([made])
+            return _rows(self._of(metrics, predicted, targets, shared))
         except Exception:  # whatever a metric of the user's own does that cannot be batched
-            if not self._slots:
-                raise
             each = [targets] * len(predicted) if shared else targets
             return _floats([metrics(p, t) for p, t in zip(predicted, each, strict=True)])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from droptune.program.data import seeded
 from droptune.sites.installed import Installed
 from droptune.trainers.course import Course
 from droptune.trainers.evaluation import measure, measured_values, predictor
@@ -218,14 +219,9 @@ def _load(held: _Held, snapshot: Snapshot) -> None:
 @contextmanager
 def _own_randomness(device: torch.device) -> Iterator[None]:
     """Leaves the process's generators as they were."""
-    state = random.getstate(), np.random.get_state()
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
+    with torch.random.fork_rng(devices=devices), seeded(0):  # by each update anew
+        yield
 
 
 def _reseed(seed: int, update: int, device: torch.device, *, host: bool) -> object:
