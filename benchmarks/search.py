@@ -1,13 +1,16 @@
 """How pruners and samplers do, replayed on recorded learning curves.
 
     python benchmarks/search.py pruners [--orders 200] [--sets NAME ...] [--width 1] [--baselines]
-    python benchmarks/search.py samplers [--seeds 20] [--trials 48] [--width 8]
+    python benchmarks/search.py samplers [--seeds 20] [--trials 48] [--width 8] [--error 0.2]
 
 `pruners`: the recorded trainings of a set run in random orders, one after the other or `width`
 at a time in lock-step; Optuna's pruners are its own code. Regret is the best completed value
 less the best of the set; also as a share of the spread: best without dropout less best.
 `samplers`: mean regret on functions made of the recorded sets and on synthetic ones, against
-random search with the same budget. The results are in docs/pruning.md.
+random search with the same budget. With `--error` a trial is predicted as badly as that, in
+typical regrets, and pruned where even the prediction's optimistic end is worse than the best; the
+sampler sees the prediction and its noise (`gp means`: the prediction alone). The results are in
+docs/pruning.md.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +30,7 @@ import optuna
 from optuna.trial import TrialState
 from scipy.stats import qmc
 
-from droptune.search.prediction import Process, Trace, Warp, points
+from droptune.search.prediction import PILOTS, Expected, Process, Trace, Warp, points
 from droptune.search.pruning import Rules, decide
 from droptune.search.sampling import Proposer
 from droptune.space.parameters import RateParameter, ValueParameter
@@ -326,36 +329,53 @@ def problems() -> list[Problem]:
     return [*recorded, *(synthetic_problem(*shape) for shape in ((2, 1), (4, 1), (8, 4), (12, 3)))]
 
 
+class Told(Proposer):
+    """Knows of pruned trials what the benchmark predicts of them."""
+
+    predictions: dict[int, Expected]
+
+    def _expected(self, finished: Sequence[Record]) -> dict[int, Expected]:
+        return {r.training.id: self.predictions[r.training.id] for r in finished if not r.values}
+
+
 def search(
-    problem: Problem, sampler: str, seed: int, trials: int, width: int
-) -> tuple[float, float]:
-    """(regret of the best value seen, regret of the best posterior mean), in typical regrets."""
+    problem: Problem, sampler: str, seed: int, trials: int, width: int, error: float | None
+) -> tuple[float, float, float]:
+    """(regret of the best value seen, of the best posterior mean, both in typical regrets; share
+    of the trials that was pruned)."""
     name, _, variant = sampler.partition(" ")
-    options = {"multivariate": variant == "multivariate"} if variant else {}
-    objective = Objective("nll")
+    options = {"multivariate": variant == "multivariate"} if name == "tpe" else {}
     spec = StudySpec(
         name="x",
         program="x.py",
         seed=seed,
-        objectives=(objective,),
+        objectives=(Objective("nll"),),
         sampler=Sampler(name, options),
         baselines=Baselines(trials=1, none=False, half=False, author=False),
     )
-    proposer = Proposer.of(spec, problem.space)
+    proposer = Told.of(spec, problem.space)
+    proposer.predictions = {}
+    best, typical = problem.scale
     random, records = np.random.default_rng(seed), []
     while len(records) < trials:
         numbers = range(len(records), len(records) + width)
+        completed = [r.value for r in records if r.values]
         for number, assignment in zip(numbers, proposer.propose(records, numbers), strict=True):
-            value = float(
-                problem.truth(problem.at(assignment))[0] + problem.noise * random.normal()
-            )
-            records.append(_record(number, assignment, value))
-    best, typical = problem.scale
-    seen = min(records, key=lambda r: r.value)
-    return tuple(
-        float(problem.truth(problem.at(r.training.assignment))[0] - best) / typical
-        for r in (seen, _smoothed(records))
-    )
+            truth = float(problem.truth(problem.at(assignment))[0])
+            value = truth + problem.noise * random.normal()
+            record = _record(number, assignment, value)
+            if error is not None:
+                sd = max(error * typical * math.exp(0.5 * random.normal()), problem.noise)
+                predicted = value + sd * random.normal()
+                if len(completed) >= PILOTS and predicted - OPTIMISM * sd > min(completed):
+                    noise = 0.0 if variant == "means" else sd
+                    proposer.predictions[number] = Expected((predicted,), (noise,))
+                    record = replace(record, state=State.PRUNED, values=None)
+            records.append(record)
+    seen = [r for r in records if r.values]
+    chosen = min(seen, key=lambda r: r.value), _smoothed(seen)
+    regrets = (problem.truth(problem.at(r.training.assignment))[0] - best for r in chosen)
+    return *(float(regret) / typical for regret in regrets), 1 - len(seen) / trials
 
 
 def _smoothed(records: Sequence[Record]) -> Record:
@@ -382,32 +402,36 @@ def _record(number: int, assignment: Assignment, value: float) -> Record:
     return Record(training, State.COMPLETE, curves={"val/nll": (value,)}, values=(value,))
 
 
+OPTIMISM = 2.4  # standard deviations, about those of the fair pruner
 SAMPLERS = ("random", "qmc", "tpe multivariate", "tpe univariate", "gp", "cmaes")
 
 
-def _searches(index: int, sampler: str, seeds: int, trials: int, width: int) -> np.ndarray:
+def _searches(index: int, sampler: str, seeds: int, *how: float | None) -> np.ndarray:
     problem = problems()[index]
-    return np.array([search(problem, sampler, seed, trials, width) for seed in range(seeds)])
+    return np.array([search(problem, sampler, seed, *how) for seed in range(seeds)])
 
 
-def samplers(which: Sequence[str], seeds: int, trials: int, width: int, jobs: int) -> None:
-    """Print mean regrets over problems, and the paired difference to random search."""
+def samplers(
+    which: Sequence[str], seeds: int, trials: int, width: int, error: float | None, jobs: int
+) -> None:
+    """Print mean regrets over problems, and the paired difference to the first sampler."""
     indices = range(len(problems()))
-    tasks = [(i, sampler, seeds, trials, width) for sampler in which for i in indices]
+    tasks = [(i, sampler, seeds, trials, width, error) for sampler in which for i in indices]
     with ProcessPoolExecutor(jobs) as pool:
         results = list(pool.map(_searches, *zip(*tasks, strict=True)))
     regrets = {
         sampler: np.stack([r for task, r in zip(tasks, results, strict=True) if task[1] == sampler])
         for sampler in which
-    }  # [problems, seeds, (best seen, posterior)]
-    print("| sampler | regret, best seen | less random search (95 %) | regret, posterior mean |")
-    print("|---|---|---|---|")
+    }  # [problems, seeds, (best seen, posterior, pruned)]
+    columns = ("regret, best seen", f"less {which[0]} (95 %)", "regret, posterior mean", "pruned")
+    print("| sampler | " + " | ".join(columns) + " |")
+    print("|---|---|---|---|---|")
     for sampler, regret in regrets.items():
         difference = (regret - regrets[which[0]])[..., 0].mean(1)
         margin = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
         print(
             f"| {sampler} | {regret[..., 0].mean():.3f} | {difference.mean():+.3f} ± {margin:.3f} "
-            f"| {regret[..., 1].mean():.3f} |"
+            f"| {regret[..., 1].mean():.3f} | {regret[..., 2].mean():.0%} |"
         )
     print("\n| problem | " + " | ".join(which) + " |\n|" + "---|" * (len(which) + 1))
     for i, problem in enumerate(problems()):
@@ -431,6 +455,7 @@ def main() -> None:
     searches.add_argument("--seeds", type=int, default=20)
     searches.add_argument("--trials", type=int, default=48)
     searches.add_argument("--width", type=int, default=8)
+    searches.add_argument("--error", type=float, help="of predictions; no pruning without")
     searches.add_argument("--samplers", nargs="+", default=list(SAMPLERS))
     searches.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
@@ -439,7 +464,8 @@ def main() -> None:
         manner = Manner(given.width, given.baselines)
         pruners(given.sets, given.pruners, given.orders, manner, given.jobs)
     else:
-        samplers(given.samplers, given.seeds, given.trials, given.width, given.jobs)
+        how = given.trials, given.width, given.error
+        samplers(given.samplers, given.seeds, *how, given.jobs)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ T = TypeVar("T")
 PILOTS = 6  # completed trainings before the first prediction
 SEEN = 48  # completed trainings that a prediction learns from, at most
 RATES = 6  # columns of rates
+UNCERTAINTY = "sd"  # the user attribute where an Optuna trial carries `Expected.sds`
 
 
 @dataclass(frozen=True)
@@ -295,22 +296,33 @@ def direction_signs(objectives: Sequence[Objective]) -> Array:
     return np.array([1.0 if o.direction == "minimize" else -1.0 for o in objectives])
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a pruned trial would probably have reached: value and standard deviation for each
+    objective, in its own direction."""
+
+    values: tuple[float, ...]
+    sds: tuple[float, ...]
+
+
 def expected_values(
     records: Sequence[Record], objectives: Sequence[Objective], intervals: int
-) -> dict[int, tuple[float, ...]]:
-    """What pruned trials would probably have reached: training id -> value per objective.
+) -> dict[int, Expected]:
+    """By training id, for samplers that cannot learn from a pruned trial; never stored.
 
-    For samplers that cannot learn from a pruned trial; never stored. Empty while there is too
-    little to predict from.
+    Empty while there is too little to predict from.
     """
     cut = [r for r in records if r.state is State.PRUNED and r.training.kind.is_trial]
     known = traces(completed_trials(records) + cut, objectives, intervals)
     completed = [c for c in known if c.values is not None]
     takes, signs = [o.take for o in objectives], direction_signs(objectives)
-    expected: dict[int, tuple[float, ...]] = {}
+    expected: dict[int, Expected] = {}
     for interval in sorted({c.intervals for c in known if c.values is None}):
         asked = [c for c in known if c.values is None and c.intervals == interval]
-        predictions = predict(completed, asked, interval, takes) or ()
-        ends = np.array([p.warp.back(p.mean, p.sd)[0] for p in predictions]).T
-        expected |= {c.key: tuple(signs * row) for c, row in zip(asked, ends, strict=False)}
+        predictions = predict(completed, asked, interval, takes)
+        if predictions is None:
+            continue
+        ends = np.array([p.warp.back(p.mean, p.sd) for p in predictions])  # [objectives, 2, asked]
+        for trace, (mean, sd) in zip(asked, ends.transpose(2, 1, 0), strict=True):
+            expected[trace.key] = Expected(tuple(signs * mean), tuple(sd))
     return expected

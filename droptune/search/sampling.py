@@ -19,7 +19,13 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
 from droptune.errors import SpecError
-from droptune.search.prediction import Array, direction_signs, expected_values
+from droptune.search.prediction import (
+    UNCERTAINTY,
+    Array,
+    Expected,
+    direction_signs,
+    expected_values,
+)
 from droptune.space.space import Space
 from droptune.spec.objective import Objective
 from droptune.spec.spec import StudySpec
@@ -31,9 +37,19 @@ PER_PARAMETER = 2  # trials of the first wave for each parameter
 FIRST_WAVE = (6, 16)  # at least and at most so many
 GP_ASKED = 8  # `auto` is gp up to so many new trials, and SEEN_BY_GP finished ones, then tpe
 
+
+def _gp(**options: Any) -> optuna.samplers.BaseSampler:
+    """Optuna's, told the noise of predicted values where its private parts are known."""
+    if not optuna.__version__.startswith("5.0."):
+        return optuna.samplers.GPSampler(**options)
+    from droptune.search.noisy_gp import NoisyGPSampler  # it needs torch
+
+    return NoisyGPSampler(**options)
+
+
 OPTUNA: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
-    "gp": optuna.samplers.GPSampler,
+    "gp": _gp,
     "random": optuna.samplers.RandomSampler,
 }
 PRESETS: dict[str, dict[str, Any]] = {"tpe": {"multivariate": True}}
@@ -154,20 +170,29 @@ class Proposer:
         self, finished: Sequence[Record], running: Sequence[Record], numbers: Sequence[int]
     ) -> dict[int, dict[str, Any]]:
         name = self._learner(len(finished), len(numbers))
-        memory = self._memories.get(name)
-        most = SEEN_BY_GP if name == "gp" else SEEN
-        finished = self._chosen(finished, most)
-        if memory is None or memory.size > 2 * most:
-            memory = self._memories[name] = _Memory(self._spec.objectives)
-        new = [r for r in finished if r.training.id not in memory.known]
-        expected = self._expected(finished) if name == "gp" else {}
-        memory.learn({r.training.id: self._frozen(r, expected) for r in new})
+        memory = self._taught(finished) if name == "gp" else self._remembered(name, finished)
         with memory.running([self._frozen(r, {}) for r in running]) as study:
             proposed = {}
             for number in numbers:
                 study.sampler = self._sampler(name, self._seed("sampler", number))
                 proposed[number] = study.ask(dict(self._kinds)).params
             return proposed
+
+    def _taught(self, finished: Sequence[Record]) -> _Memory:
+        """All anew for the GP: what is predicted of pruned trials changes with each that ends."""
+        memory, finished = _Memory(self._spec.objectives), self._chosen(finished, SEEN_BY_GP)
+        expected = self._expected(finished)
+        memory.learn({r.training.id: self._frozen(r, expected) for r in finished})
+        return memory
+
+    def _remembered(self, name: str, finished: Sequence[Record]) -> _Memory:
+        """What the sampler has been told before, and what is new; anew when that is too much."""
+        memory = self._memories.get(name)
+        if memory is None or memory.size > 2 * SEEN:
+            memory = self._memories[name] = _Memory(self._spec.objectives)
+        new = [r for r in self._chosen(finished, SEEN) if r.training.id not in memory.known]
+        memory.learn({r.training.id: self._frozen(r, {}) for r in new})
+        return memory
 
     def _learner(self, finished: int, asked: int) -> str:
         if self._name != "auto":
@@ -181,14 +206,15 @@ class Proposer:
         except (TypeError, ValueError) as error:
             raise self._refused(error) from error
 
-    def _expected(self, finished: Sequence[Record]) -> dict[int, tuple[float, ...]]:
+    def _expected(self, finished: Sequence[Record]) -> dict[int, Expected]:
         longest = max((r.intervals_done for r in finished), default=0)
         return expected_values(finished, self._spec.objectives, longest)
 
-    def _frozen(self, record: Record, expected: Mapping[int, tuple[float, ...]]) -> FrozenTrial:
+    def _frozen(self, record: Record, expected: Mapping[int, Expected]) -> FrozenTrial:
         """A trial as the sampler sees it; a pruned one may stand with its expected values."""
         assert record.training.assignment is not None
-        values = expected.get(record.training.id, record.values)
+        predicted = expected.get(record.training.id)
+        values = predicted.values if predicted else record.values
         complete = values is not None and record.state in (State.COMPLETE, State.PRUNED)
         pruned = TrialState.PRUNED if record.state is State.PRUNED else TrialState.RUNNING
         curve = record.curves.get(self._spec.objectives[0].key, ())
@@ -199,6 +225,7 @@ class Proposer:
             distributions=dict(self._kinds),
             values=list(values) if complete and values is not None else None,
             intermediate_values={len(curve): curve[-1]} if curve and reported else {},
+            user_attrs={UNCERTAINTY: list(predicted.sds)} if predicted else {},
         )
 
     # -- CMA-ES -------------------------------------------------------------------------------
@@ -211,11 +238,11 @@ class Proposer:
         The search distribution follows from the records alone, so workers share it.
         """
         sign = float(direction_signs(self._spec.objectives)[0])
-        expected = {r.training.id: r.values for r in finished} | self._expected(finished)
+        expected = {key: told.values for key, told in self._expected(finished).items()}
         told = [
             (self._unit(r), sign * values[0])
             for r in finished
-            if (values := expected.get(r.training.id)) is not None
+            if (values := expected.get(r.training.id, r.values)) is not None
         ]
         strategy = self._strategy(told)
         for start in range(0, len(told) - strategy.population_size + 1, strategy.population_size):

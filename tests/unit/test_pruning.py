@@ -366,7 +366,7 @@ def test_pruned_trials_get_expected_values_for_samplers_that_need_them():
     records = study_records([], 0, TEACHERS) + cut
     expected = expected_values(records, (NLL,), INTERVALS)
     assert set(expected) == {100 + i for i in OTHERS}
-    errors = [expected[100 + i][0] - CURVES[i, -1] for i in OTHERS]
+    errors = [expected[100 + i].values[0] - CURVES[i, -1] for i in OTHERS]
     assert np.abs(errors).max() < 0.15
     assert expected_values(cut, (NLL,), INTERVALS) == {}
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from droptune.errors import SpecError
+from droptune.search.noisy_gp import NoisyGPSampler
 from droptune.search.sampling import Proposer, from_unit, to_unit
 from droptune.space.parameters import RateParameter, ValueParameter
 from droptune.space.space import Space
@@ -201,3 +202,34 @@ def test_what_a_sampler_sees_is_bounded_and_holds_the_best():
     assert best in seen
     assert seen[-10:] == records[-10:]
     assert asking._chosen(records[:20], 20) == records[:20]
+
+
+def test_the_gp_sees_pruned_trials_with_the_noise_of_what_is_predicted(monkeypatch):
+    told, fitted = [], NoisyGPSampler._fitted
+
+    def watched(self, space, x, score, own):
+        told.append(own)
+        return fitted(self, space, x, score, own)
+
+    monkeypatch.setattr(NoisyGPSampler, "_fitted", watched)
+    records = [
+        record(r.training.number, r.training.assignment, State.PRUNED, intervals=4)
+        if r.training.number % 2 else r for r in history(40)
+    ]  # fmt: skip
+    proposer("gp").propose(records, [40])
+    own = told[-1]
+    assert own.shape == (40,)
+    assert (own[::2] == 0).all()
+    assert (own[1::2] > 0).all()
+
+
+def test_what_the_gp_learned_before_changes_nothing():
+    """Predictions of pruned trials change with each trial that ends; workers must agree."""
+    records = [
+        record(r.training.number, r.training.assignment, State.PRUNED, intervals=4)
+        if r.training.number % 3 == 1 else r for r in history(30)
+    ]  # fmt: skip
+    asking = proposer("gp")
+    asking.propose(records[:24], [30])
+    (again,), (fresh,) = asking.propose(records, [31]), proposer("gp").propose(records, [31])
+    assert key(again) == key(fresh)
