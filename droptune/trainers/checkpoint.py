@@ -73,6 +73,7 @@ class Directory:
                 left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others lie there
             path.parent.rmdir()
+            self.root.rmdir()
 
     def names(self, prefix: str) -> list[str]:
         folder = self.root / prefix.rpartition("/")[0]
@@ -83,11 +84,15 @@ class Directory:
 
 
 def _temporary(folder: Path) -> tuple[int, str]:
-    """An open file in the folder, which another process may remove while it is empty."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
+    """An open file in the folder, which other processes may remove while it is empty."""
+    for left in reversed(range(100)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
             return tempfile.mkstemp(dir=folder, prefix=_WRITING)
+        except FileNotFoundError:
+            if not left:
+                raise
+    raise AssertionError
 
 
 def _sync_directory(path: Path) -> None:

@@ -277,6 +277,7 @@ def test_a_study_of_a_project_below_is_known_by_its_folder(droptune, project):
     assert store.save_weights(training, {"w": torch.ones(2)}, {})
     assert "deleted" in droptune("study", "delete", "study", "--yes", cwd=above).stdout
     assert store.load_weights(training) is None
+    assert not any((project / ".droptune" / "checkpoints").iterdir())
 
 
 def test_a_project_that_this_machine_has_not_is_not_named(droptune, project):
