@@ -83,16 +83,16 @@ class Directory:
         return sorted(name for name in names if name.startswith(prefix))
 
 
-def _temporary(folder: Path) -> tuple[int, str]:
+def _temporary(folder: Path, tries: int = 100) -> tuple[int, str]:
     """An open file in the folder, which other processes may remove while it is empty."""
-    for left in reversed(range(100)):
+    while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return tempfile.mkstemp(dir=folder, prefix=_WRITING)
         except FileNotFoundError:
-            if not left:
+            tries -= 1
+            if not tries:
                 raise
-    raise AssertionError
 
 
 def _sync_directory(path: Path) -> None:
