@@ -157,6 +157,10 @@ class Installed:
         with self._running(state), replaying(state.remember):
             yield
 
+    def forget(self) -> None:
+        """Compute anew what is remembered of the last rates."""
+        self._levels = None
+
     def _levels_of(self, rates: Tensor) -> Levels:
         """Rates seldom change from update to update: what follows from them is remembered, for the
         same tensor, or where looking is free (not on a device that would have to be waited for)."""

@@ -158,7 +158,7 @@ def _draw(indices: Tensor, first: Tensor, second: Tensor, threshold: Tensor) -> 
     """
     x = indices ^ first
     x *= _FIRST
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x ^= x.bitwise_right_shift(16).bitwise_and_(0xFFFF)
     x ^= second
     x *= _SECOND
     return x >= threshold if _is_batched(x, threshold) else x.ge_(threshold)

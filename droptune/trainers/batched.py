@@ -12,6 +12,7 @@ from droptune.program.data import Batch
 from droptune.trainers.evaluation import Predict
 from droptune.trainers.monte_carlo import Draw
 from droptune.trainers.recipe import Recipe, state_names, tensors_of
+from droptune.trainers.replays import Replays
 from droptune.trainers.stack import Stack, take_apart
 
 Tensors = dict[str, Tensor]
@@ -75,6 +76,7 @@ class BatchedModel:
         like = torch.empty(0, dtype=recipe.dtype, device=recipe.device)
         self.stack = Stack(parts, width, like, keeps_best=recipe.keeps_best)
         self._bound = Bound(self.module)
+        self.replays = Replays(self._installed.forget)
 
     def step(self, words: Mapping[str, Any], *, shared: bool) -> Step:
         """A function of a chunk's (weights, varying, rates, keys, numbers, batch).

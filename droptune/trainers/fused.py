@@ -183,11 +183,15 @@ class Fused(Trainer):
             return self._narrow if min(self._limit, len(self._slots)) > 1 else None
         if not isinstance(error, Exception) or isinstance(error, Interrupted):
             return None
+        if self._model.replays.tapes:
+            log.info("updates are no longer replayed: %s", one_line(error))
+            return self._model.replays.stop
         narrower = "shares_batches" if self.shares_batches is None else "alone"
         return functools.partial(setattr, self, narrower, one_line(error))
 
     def _narrow(self) -> None:
         self._limit = min(self._limit, len(self._slots)) // 2
+        self._model.replays.clear()
         log.warning("out of memory: going on with %d trainings at a time", self._limit)
         if self.recipe.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from droptune.errors import ProgramError
+from droptune.program.data import Batch
 from droptune.program.declared import is_number
-from droptune.trainers.batched import BatchedModel, Step
+from droptune.trainers.batched import BatchedModel, Step, Tensors
 from droptune.trainers.course import Course
 from droptune.trainers.feed import Update
 from droptune.trainers.rules import Array
@@ -65,9 +66,13 @@ class Interval:
         self._gradients = torch.zeros_like(self._weights)
         self._gradient_views = list(layout.views(self._gradients).values())
         self._numbers = self._numbers_of(slots)
+        self._known_shares: dict[float, Tensor] = {}
         self._l1 = self._penalty(model)
         shared = self._feed.is_shared(self._data_seeds, self._done)
-        self._step: Step = model.step(words_of(slots[0]), shared=shared)
+        words = words_of(slots[0])
+        self._step: Step = model.step(words, shared=shared)
+        self._replays = model.replays
+        self._kind = rows.start, rows.stop, shared, tuple(sorted(words.items()))
 
     def _numbers_of(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
         """The searched values that are numbers, [k] each."""
@@ -109,32 +114,37 @@ class Interval:
         total: Tensor | None = None
         rates = self._course.rates(number)
         for micro, (batch, share) in enumerate(zip(update.batches, update.shares, strict=True)):
-            keys = self._course.keys(number, micro)
-            with self._recipe.autocast():
-                losses, replaced = self._step(
-                    self._leaves, self._varying, rates, keys, self._numbers, batch
-                )
-            self._backward(losses, share, first=micro == 0)
-            for name, tensor in replaced.items():
-                self._varying[name].copy_(tensor.detach())
-            part = losses.detach() if share == 1 else losses.detach() * share
+            shares = self._shares(share)
+            inputs = rates, self._course.keys(number, micro), self._numbers, batch, shares
+            losses, *gradients = self._replays.run(self._pass, inputs, self._kind)
+            add = torch._foreach_add_ if micro else torch._foreach_copy_
+            add(self._gradient_views, gradients)
+            part = losses * shares
             total = part if total is None else total + part
         self._apply(number)
         assert total is not None
         return total
 
-    def _backward(self, losses: Tensor, share: float, *, first: bool) -> None:
-        leaves = {**self._leaves, **self._idle}
-        weights = torch.full_like(losses, share)
+    def _shares(self, share: float) -> Tensor:
+        """The share of a micro-batch in each slot's update, [k]."""
+        if share not in self._known_shares:
+            self._known_shares[share] = self._tensor([share] * len(self._done))
+        return self._known_shares[share]
+
+    def _pass(
+        self, rates: Tensor, keys: Tensor, numbers: Tensors, batch: Batch, shares: Tensor
+    ) -> list[Tensor]:
+        """Forward and backward: the losses [k], and the gradients of these shares of them."""
+        with self._recipe.autocast():
+            losses, replaced = self._step(self._leaves, self._varying, rates, keys, numbers, batch)
+        leaves, weights = {**self._leaves, **self._idle}, shares.to(losses.dtype)
         given = torch.autograd.grad(losses, list(leaves.values()), weights, allow_unused=True)
-        gradients = [gradient for gradient in given if gradient is not None]
         for name, gradient in zip(leaves, given, strict=True):
             if (gradient is None) != (name in self._idle):  # an optimizer leaves such weights alone
                 raise ProgramError(f"some updates train {name}, and others do not")
-        if first:
-            torch._foreach_copy_(self._gradient_views, gradients)
-        else:
-            torch._foreach_add_(self._gradient_views, gradients)
+        for name, tensor in replaced.items():
+            self._varying[name].copy_(tensor.detach())
+        return [losses.detach(), *(gradient for gradient in given if gradient is not None)]
 
     @torch.no_grad()
     def _apply(self, number: int) -> None:

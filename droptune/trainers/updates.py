@@ -8,6 +8,7 @@ out over rows; any other one is stepped slot by slot on views of the rows.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -56,21 +57,21 @@ class Layout:
             places=places,
         )
 
-    @property
+    @functools.cached_property
     def groups(self) -> tuple[int, ...]:
         """How many weights each parameter group holds."""
         return tuple(len(own) for own in self.places)
 
-    @property
+    @functools.cached_property
     def sizes(self) -> list[int]:
         return [int(np.prod(shape)) for shape in self.shapes]
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """How many numbers a row holds (P)."""
         return sum(self.sizes)
 
-    @property
+    @functools.cached_property
     def columns(self) -> list[slice]:
         """The columns of each group."""
         ends = np.cumsum([0, *self.sizes]).tolist()

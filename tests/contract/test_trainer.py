@@ -36,6 +36,7 @@ from droptune.trainers.resumption import what_is_lost
 from droptune.trainers.slot import Interrupted, Outcome, Snapshot, Trainer
 from droptune.trainers.solo import Solo
 from droptune.trainers.stack import take_apart
+from droptune.trainers.tape import Tape
 from droptune.training import Assignment, Seeds, Training, TrainingKind
 
 TOLERANCE = 1e-9
@@ -425,6 +426,46 @@ def test_an_evaluation_asks_for_numbers_only_at_its_end(name, monkeypatch):
     monkeypatch.setattr(evaluation, "_rows", measured)
     with _Operations():
         assert fused._evaluate(chunk) == ([{}] * 3, [{}] * 3)
+
+
+def left_after(recipe: Recipe, *, replayed: bool) -> tuple[Fused, list[dict[str, Tensor]]]:
+    """Some slots after some intervals, one of which is empty in the last."""
+    fused = Fused(recipe, 3)
+    if not replayed:
+        fused._model.replays.stop()
+    for slot in range(3):
+        fused.fill(slot, replace(training(recipe, slot), intervals=8))
+    for _ in range(6):
+        fused.train_interval()
+    fused.empty(1)
+    fused.train_interval()
+    return fused, [fused.snapshot(slot).tensors for slot in (0, 2)]
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"accumulate": 3, "clip": 0.05}, {"precision": "bf16"}], ids=str
+)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_replayed_updates_are_the_same_bit_for_bit(name, more):
+    recipe = make_recipe(PROGRAMS[name](), **more)
+    (fused, left), (_, expected) = (left_after(recipe, replayed=each) for each in (True, False))
+    assert (fused._model.replays.tapes > 0) == (name not in LOOKING)
+    for tensors, others in zip(left, expected, strict=True):
+        assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+
+
+def test_an_interval_whose_replay_fails_is_trained_as_it_is_written(monkeypatch):
+    recipe = recipe_of("mlp with batch norm")
+    _, expected = left_after(recipe, replayed=False)
+
+    def failing(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(Tape, "play", failing)
+    fused, left = left_after(recipe, replayed=True)
+    assert fused.alone is fused.shares_batches is None
+    for tensors, others in zip(left, expected, strict=True):
+        assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
 
 
 def test_no_update_waits_where_slots_are_at_places_of_their_own(monkeypatch):

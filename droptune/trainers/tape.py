@@ -1,0 +1,160 @@
+"""A recording as a list of calls, in memory that stays in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from droptune.trainers.recording import Operation, Recording, View
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
+
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+
+
+class Pool:
+    """Memory for what does not outlive a run; shared by tapes that never run at once."""
+
+    def __init__(self) -> None:
+        self._free: list[UntypedStorage] = []
+
+    def take(self, size: int) -> UntypedStorage:
+        """`size` bytes, of what was given back last: that is still in the cache."""
+        for place in reversed(range(len(self._free))):
+            if size <= self._free[place].nbytes() <= 2 * size:
+                return self._free.pop(place)
+        return UntypedStorage(size)  # type: ignore[no-untyped-call]
+
+    def give_back(self, storage: UntypedStorage) -> None:
+        self._free.append(storage)
+
+
+class Tape:
+    """Does what a recording did, with other numbers, bit for bit.
+
+    An update of a small group is bound by what is around its operations. Here nothing is: views
+    are made once, results go where they stay, in the place of an operand that is not read again
+    where that can be, and operations whose results nobody reads are left out.
+    """
+
+    def __init__(self, recording: Recording, pool: Pool) -> None:
+        self._pool = pool
+        self._outside = recording.outside
+        self._storages = {m: t.untyped_storage() for m, t in recording.outside.items()}
+        self._inputs = [recording.outside[memory] for memory in range(recording.inputs)]
+        operations = _needed(recording)
+        last = {memory: n for n, op in enumerate(operations) for memory in op.touched}
+        last |= {view.memory: len(operations) for view in recording.outputs}
+        self._calls = [
+            self._call(operation, {memory for memory in operation.touched if last[memory] == n})
+            for n, operation in enumerate(operations)
+        ]
+        self._outputs = [self._tensor(view) for view in recording.outputs]
+
+    @torch.no_grad()
+    def play(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs for these inputs, until it is played again."""
+        for place, tensor in zip(self._inputs, inputs, strict=True):
+            place.copy_(tensor)
+        for function, args, kwargs in self._calls:
+            function(*args, **kwargs)
+        return self._outputs
+
+    def _call(self, operation: Operation, last: set[int]) -> Call:
+        """How to do an operation; what it touches for the `last` time is free after it."""
+        free = last - self._outside.keys()
+        operand = _replaceable(operation, free)
+        if operand is None:
+            new = {memory: self._pool.take(size) for memory, size in operation.fresh.items()}
+            self._storages |= new
+        else:
+            (result,) = operation.results
+            self._storages[result.memory] = self._storages[operand.memory]
+            free.discard(operand.memory)
+        args, kwargs = tree_map_only(View, self._tensor, (operation.args, dict(operation.kwargs)))
+        results = [self._tensor(view) for view in operation.results]
+        for memory in free:
+            self._pool.give_back(self._storages.pop(memory))
+        if not operation.fresh:
+            return operation.function._op, args, kwargs
+        if operand is not None and operand == operation.args[0]:
+            function = _changing(operation.function)
+            if function is not None:
+                return function._op, args, kwargs
+        return _filling(operation.function, args, kwargs, results)
+
+    def _tensor(self, view: View) -> Tensor:
+        storage = self._storages[view.memory]
+        empty = torch.empty(0, dtype=view.dtype, device=storage.device)
+        return empty.set_(storage, view.offset, view.size, view.stride)
+
+
+def _needed(recording: Recording) -> list[Operation]:
+    """Without views, and without what nobody reads."""
+    needed, kept = {*recording.outside, *(view.memory for view in recording.outputs)}, []
+    for operation in reversed(recording.operations):
+        if operation.written & needed:
+            needed |= operation.touched
+            kept.append(operation)
+    return kept[::-1]
+
+
+def _replaceable(operation: Operation, free: set[int]) -> View | None:
+    """An operand whose place the result may take, element by element."""
+    if torch.Tag.pointwise not in operation.function.tags or len(operation.fresh) != 1:
+        return None
+    (result,) = operation.results
+    for operand in operation.given:
+        same = [view for view in operation.given if view.memory == operand.memory]
+        alike = replace(result, memory=operand.memory)
+        if operand.memory in free and all(view == alike for view in same):
+            return operand
+    return None
+
+
+def _filling(
+    function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+) -> Call:
+    """How to do an operation that returns new tensors so that its results are in these."""
+    if function in _COPIES:
+        return results[0].copy_, args[:1], {}
+    found = _writing(function)
+    if found is not None:
+        writing, name = found
+        return writing._op, args, {**kwargs, name: results[0]}
+
+    def copy() -> None:
+        made = [leaf for leaf in tree_leaves(function(*args, **kwargs)) if leaf is not None]
+        for result, tensor in zip(results, made, strict=True):
+            result.copy_(tensor)
+
+    return copy, (), {}
+
+
+def _changing(function: Any) -> Any:
+    """The operation that changes its first operand where `function` returns a new tensor."""
+    siblings = getattr(torch.ops, function.namespace)
+    packet = getattr(siblings, f"{function.overloadpacket.__name__}_", None)
+    return getattr(packet, function._overloadname, None)
+
+
+def _writing(function: Any) -> tuple[Any, str] | None:
+    """The operation that takes a tensor for its only result, and that argument's name; none that
+    only copies it there."""
+    packet = function.overloadpacket
+    for overload in (getattr(packet, name) for name in packet.overloads()):
+        arguments = overload._schema.arguments
+        outs = [argument.name for argument in arguments if argument.is_out]
+        same = _inputs(overload) == _inputs(function)
+        if same and len(outs) == 1 and torch.Tag.generated not in overload.tags:
+            return overload, outs[0]
+    return None
+
+
+def _inputs(overload: Any) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
