@@ -13,6 +13,7 @@ from droptune.trainers.recording import Recording, record
 from droptune.trainers.tape import Pool, Tape
 
 KEPT = 32  # kinds of calls that are known at a time
+LOOKS = (2, 3, *(10**power for power in range(1, 10)))  # the calls of a kind that are recorded
 Function = Callable[..., Sequence[Tensor]]
 
 
@@ -29,8 +30,8 @@ class Replays:
     """Runs functions of tensors in host memory: as they are written, until two recordings of a
     kind of call are alike, and then from a tape.
 
-    They are where a function does the same operations whatever the numbers are. Its second call,
-    its fourth, its eighth and so on are recorded: the tape ends when it does something else.
+    They are where a function does the same operations whatever the numbers are. It is looked at
+    again from time to time: the tape ends when it is found to do something else.
     `forget` lets it compute anew what it remembers.
     """
 
@@ -64,8 +65,7 @@ class Replays:
             return function(*inputs)
         known = self._kind((kind, spec, *((leaf.shape, leaf.dtype) for leaf in leaves)))
         known.calls += 1
-        looks = known.calls > 1 and known.calls & (known.calls - 1) == 0  # at 2, 4, 8, ...
-        if not looks:
+        if known.calls not in LOOKS:
             return function(*inputs) if known.tape is None else known.tape.play(leaves)
         self._forget()
         given = [leaf.clone() for leaf in leaves]
