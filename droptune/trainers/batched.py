@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from droptune.program.data import Batch
 from droptune.trainers.evaluation import Predict
+from droptune.trainers.linear import batch_linear
 from droptune.trainers.monte_carlo import Draw
 from droptune.trainers.recipe import Recipe, state_names, tensors_of
 from droptune.trainers.replays import Replays
@@ -75,6 +76,7 @@ class BatchedModel:
         parts = take_apart(recipe, self.module, self._installed)
         like = torch.empty(0, dtype=recipe.dtype, device=recipe.device)
         self.stack = Stack(parts, width, like, keeps_best=recipe.keeps_best)
+        batch_linear(self.module)
         self._bound = Bound(self.module)
         self.replays = Replays(self._installed.forget)
 
