@@ -60,6 +60,9 @@ class NoisyGPSampler(GPSampler):
         regressors = [
             self._fitted(space, x, score, own) for score, own in zip(scores.T, noise.T, strict=True)
         ]
+        if noise.any():  # the best value may be one that tells nothing
+            at = torch.from_numpy(x)
+            scores = np.column_stack([each.posterior(at)[0].numpy() for each in regressors])
         wanted = self._wanted(space, regressors, scores, running_trials)
         start = (
             x[[scores.argmax()]]
@@ -116,9 +119,10 @@ class NoisyGPSampler(GPSampler):
 def _standardised(study: Study, trials: Sequence[FrozenTrial]) -> tuple[Array, Array]:
     """Values, larger is better, and their own variances [trials, objectives]."""
     sign = np.array([-1.0 if d == StudyDirection.MINIMIZE else 1.0 for d in study.directions])
-    values = sign * np.array([trial.values for trial in trials])
+    values = gp.warn_and_convert_inf(sign * np.array([trial.values for trial in trials]))
     spread = np.maximum(values.std(0), 1e-10)
     sds = np.array([_sds(trial.user_attrs, len(sign)) for trial in trials])
+    sds = np.nan_to_num(sds, nan=np.inf, posinf=np.inf)
     return (values - values.mean(0)) / spread, np.minimum(sds / spread, LARGEST) ** 2
 
 

@@ -87,11 +87,22 @@ def test_the_posterior_is_that_of_a_known_noise_on_the_diagonal():
     assert variance.numpy() == pytest.approx(expected, abs=1e-10)
 
 
-def test_where_a_value_tells_nothing_it_hardly_matters_how_wrong_it_is():
-    known, lying = study(sds=[0.0] * 15 + [1e300]), study(sds=[0.0] * 15 + [1e300])
-    lying.get_trials(deepcopy=False)[15].values[0] += 0.2
-    one, other = (asked(NoisyGPSampler(seed=2), s)["x"] for s in (known, lying))
-    assert one == pytest.approx(other, abs=0.1)
+def test_a_value_that_tells_nothing_misleads_nobody_even_where_it_is_the_best():
+    sds = [0.0] * 15 + [10.0]
+    known, lying = study(sds=sds), study(sds=sds)
+    lying.get_trials(deepcopy=False)[15].values[0] = -0.5
+    one, other = (asked(NoisyGPSampler(seed=2), each)["x"] for each in (known, lying))
+    assert one == pytest.approx(0.3, abs=0.1)
+    assert other == pytest.approx(0.3, abs=0.1)
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_what_is_not_finite_is_cut_off(objectives, value):
+    wrong = study(objectives, sds=[0.1, np.nan, np.inf])
+    wrong.get_trials(deepcopy=False)[5].values[-1] = value
+    with pytest.warns(UserWarning, match="non-finite"):
+        assert 0 <= asked(NoisyGPSampler(seed=1), wrong)["x"] <= 1
 
 
 def test_another_optuna_gets_its_own_sampler(monkeypatch):
