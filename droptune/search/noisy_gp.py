@@ -60,9 +60,9 @@ class NoisyGPSampler(GPSampler):
         regressors = [
             self._fitted(space, x, score, own) for score, own in zip(scores.T, noise.T, strict=True)
         ]
-        if noise.any():  # the best value may be one that tells nothing
-            at = torch.from_numpy(x)
-            scores = np.column_stack([each.posterior(at)[0].numpy() for each in regressors])
+        seen = ~noise.any(1)  # what is only predicted is nothing to improve on
+        if seen.any():
+            x, scores = x[seen], scores[seen]
         wanted = self._wanted(space, regressors, scores, running_trials)
         start = (
             x[[scores.argmax()]]

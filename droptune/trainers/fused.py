@@ -32,6 +32,7 @@ from droptune.trainers.memory import is_out_of_memory
 from droptune.trainers.monte_carlo import dropout_on, measure_passes
 from droptune.trainers.optimizer_state import build
 from droptune.trainers.recipe import Recipe, tensors_of, to_host
+from droptune.trainers.replays import ReplayError
 from droptune.trainers.rules import Array
 from droptune.trainers.scoring import score
 from droptune.trainers.slot import Interrupted, Outcome, Scores, Slot, Snapshot, Trainer, failure_of
@@ -183,7 +184,7 @@ class Fused(Trainer):
             return self._narrow if min(self._limit, len(self._slots)) > 1 else None
         if not isinstance(error, Exception) or isinstance(error, Interrupted):
             return None
-        if self._model.replays.tapes:
+        if isinstance(error, ReplayError):
             log.info("updates are no longer replayed: %s", one_line(error))
             return self._model.replays.stop
         narrower = "shares_batches" if self.shares_batches is None else "alone"

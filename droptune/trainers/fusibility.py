@@ -19,6 +19,7 @@ from droptune.trainers.solo import Solo, host_state
 from droptune.training import Assignment, Seeds, Training
 
 _TRIED_EXAMPLES = 4
+_TRIED_UPDATES = 5  # of an interval: the last two of them are replayed, where that can be
 
 Left = dict[str, Tensor]  # everything that a training leaves behind
 T = TypeVar("T")
@@ -66,11 +67,11 @@ def tried(recipe: Recipe, run: Callable[[Recipe], T]) -> tuple[Recipe, T, float]
 
     In float64, or in the recipe's precision where the model insists on it.
     """
-    exact = replace(recipe, precision="float64").tiny(_TRIED_EXAMPLES)
+    exact = replace(recipe, precision="float64").tiny(_TRIED_EXAMPLES, _TRIED_UPDATES)
     try:
         return exact, run(exact), 1e-6
     except Exception:  # the model has a type of its own; what else is wrong shows below
-        own = recipe.tiny(_TRIED_EXAMPLES)
+        own = recipe.tiny(_TRIED_EXAMPLES, _TRIED_UPDATES)
         with blamed("training on the first examples"):
             return own, run(own), 1e-2
 

@@ -29,13 +29,14 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
     under_vmap = len(functorch.get_interpreter_stack() or ()) == 1
     if not (module.training and under_vmap) or torch._C._is_any_autocast_enabled():
         return functional.linear(x, weight, bias)
-    if not all(map(functorch.is_batchedtensor, given)):  # a frozen one, of all slots
+    if weight.is_complex() or not all(map(functorch.is_batchedtensor, given)):  # or a frozen one
         return functional.linear(x, weight, bias)
     level, slots = functorch.maybe_get_level(weight), len(_slots_first(weight))
     x = _slots_first(x) if functorch.is_batchedtensor(x) else x.expand(slots, *x.shape)
     # what is applied inside of a transform goes through Python once more for each transform
     with temporarily_pop_interpreter_stack():
-        given = [x.reshape(len(x), -1, x.shape[-1]), *map(_slots_first, given)]
+        examples = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+        given = [examples, *map(_slots_first, given)]
         y: Tensor = _Batched.apply(*given)  # type: ignore[no-untyped-call]
         y = y.view(*x.shape[:-1], y.shape[-1])
     return functorch._add_batch_dim(y, 0, level)

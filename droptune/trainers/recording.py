@@ -18,7 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-_READS_ON_HOST = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # these are no operations
+_READS_ON_HOST = (  # and no operations
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+)
 _UNSTEADY = (
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
@@ -62,7 +67,8 @@ class Operation:
 
     @property
     def written(self) -> set[int]:
-        """The memories that it fills or changes."""
+        """The memories that it fills or changes, where its schema says so: `native_batch_norm`
+        does not say that it changes statistics, but fills others as well."""
         arguments = self.function._schema.arguments
         named = dict(zip((argument.name for argument in arguments), self.args, strict=False))
         changed = [
@@ -79,10 +85,10 @@ def _views(tree: Any) -> list[View]:
 
 @dataclass
 class Recording:
-    """The operations of one call on its inputs, which are the first memories.
+    """The operations of one call on its inputs, which are the first `inputs` memories.
 
-    `outside` holds a tensor of each memory that was there before, `steady` says whether every
-    operation was one whatever the numbers in the tensors are.
+    `outside` holds a tensor of each memory that was there before, those of the inputs among them;
+    `steady` says whether every operation was one whatever the numbers in the tensors are.
     """
 
     inputs: int
@@ -90,6 +96,20 @@ class Recording:
     outputs: tuple[View, ...] = ()
     outside: dict[int, Tensor] = field(default_factory=dict)
     steady: bool = True
+
+    @property
+    def peak(self) -> int:
+        """Bytes of what it allocated that were needed at once."""
+        last = {memory: n for n, op in enumerate(self.operations) for memory in op.touched}
+        last |= {view.memory: len(self.operations) for view in self.outputs}
+        sizes = {memory: size for op in self.operations for memory, size in op.fresh.items()}
+        needed = peak = 0
+        for n, operation in enumerate(self.operations):
+            needed += sum(operation.fresh.values())
+            peak = max(peak, needed)
+            over = {memory for memory in operation.touched if last[memory] == n}
+            needed -= sum(sizes[memory] for memory in over & sizes.keys())
+        return peak
 
     def repeats(self, other: Recording) -> bool:
         """Whether both calls did the same, on the same memory beside their inputs."""
@@ -161,7 +181,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.recording.steady = False
             return NOWHERE
         if self._is_new(tensor):
-            self.recording.outside[self._add(tensor)] = tensor
+            # another tensor: the program can put this one on other memory later
+            self.recording.outside[self._add(tensor)] = tensor.detach()
         return View(
             self._numbers[tensor.untyped_storage()._cdata],
             tensor.dtype,

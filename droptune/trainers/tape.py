@@ -38,8 +38,8 @@ class Tape:
     """Does what a recording did, with other numbers, bit for bit.
 
     An update of a small group is bound by what is around its operations. Here nothing is: views
-    are made once, results go where they stay, in the place of an operand that is not read again
-    where that can be, and operations whose results nobody reads are left out.
+    are made once, and results go where they stay, in the place of an operand that is not read again
+    where that can be.
     """
 
     def __init__(self, recording: Recording, pool: Pool) -> None:
@@ -47,7 +47,7 @@ class Tape:
         self._outside = recording.outside
         self._storages = {m: t.untyped_storage() for m, t in recording.outside.items()}
         self._inputs = [recording.outside[memory] for memory in range(recording.inputs)]
-        operations = _needed(recording)
+        operations = [operation for operation in recording.operations if operation.written]
         last = {memory: n for n, op in enumerate(operations) for memory in op.touched}
         last |= {view.memory: len(operations) for view in recording.outputs}
         self._calls = [
@@ -55,10 +55,12 @@ class Tape:
             for n, operation in enumerate(operations)
         ]
         self._outputs = [self._tensor(view) for view in recording.outputs]
+        for memory in {view.memory for view in recording.outputs} - self._outside.keys():
+            pool.give_back(self._storages[memory])  # they last until another tape is played
 
     @torch.no_grad()
     def play(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs for these inputs, until it is played again."""
+        """The outputs for these inputs, until a tape of this pool is played again."""
         for place, tensor in zip(self._inputs, inputs, strict=True):
             place.copy_(tensor)
         for function, args, kwargs in self._calls:
@@ -92,16 +94,6 @@ class Tape:
         storage = self._storages[view.memory]
         empty = torch.empty(0, dtype=view.dtype, device=storage.device)
         return empty.set_(storage, view.offset, view.size, view.stride)
-
-
-def _needed(recording: Recording) -> list[Operation]:
-    """Without views, and without what nobody reads."""
-    needed, kept = {*recording.outside, *(view.memory for view in recording.outputs)}, []
-    for operation in reversed(recording.operations):
-        if operation.written & needed:
-            needed |= operation.touched
-            kept.append(operation)
-    return kept[::-1]
 
 
 def _replaceable(operation: Operation, free: set[int]) -> View | None:

@@ -349,6 +349,36 @@ def test_every_program_is_found_fusible_by_trying(name):
     assert found.ok, found.reason
 
 
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in ("bert", "gpt2")])
+def test_what_is_tried_is_replayed_as_well(name, monkeypatch):
+    played, play = [], Tape.play
+    monkeypatch.setattr(Tape, "play", lambda *given: (played.append(1), play(*given))[1])
+    assert fusible(recipe_of(name)).ok
+    assert played
+
+
+class UnreadNorm(nn.Module):
+    """Statistics that move although nothing reads them in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.norm, self.out = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        h = self.drop(self.hidden(x).relu())
+        aside = self.norm(h.detach() + 3)
+        return self.out(h if self.training else h + aside)
+
+
+def test_statistics_that_nothing_reads_move_in_replayed_updates():
+    recipe = make_recipe(replace(PROGRAMS["mlp with batch norm"](), model=UnreadNorm))
+    (fused, left), (_, expected) = (left_after(recipe, replayed=each) for each in (True, False))
+    assert fused._model.replays.tapes > 0
+    for tensors, others in zip(left, expected, strict=True):
+        assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+
+
 def on_meta(recipe: Recipe, monkeypatch) -> Recipe:
     """The recipe on a device without numbers: to ask for one there is an error, as it is to bring
     a tensor of another device along."""

@@ -63,6 +63,13 @@ def test_out_of_vmap_and_in_evaluation_it_is_as_it_was():
     assert torch.equal(y, other)
 
 
+def test_a_layer_without_inputs_gives_its_bias():
+    layer = nn.Linear(0, 6)
+    batch_linear(layer)
+    y, *_ = results(layer, numbers(9, 5, 0))
+    assert y.shape == (SLOTS, 5, 6)
+
+
 def test_only_plain_linear_layers_are_changed():
     class Own(nn.Linear):
         pass

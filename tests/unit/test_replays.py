@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from droptune.trainers.recording import record
-from droptune.trainers.replays import KEPT, Replays
+from droptune.trainers.replays import FORGOTTEN, KEPT, ReplayError, Replays
 from droptune.trainers.tape import Pool, Tape
 
 CALLS = 20
@@ -55,6 +55,7 @@ STEADY = {
     "no out=": lambda x: [functional.layer_norm(x, (4,)), functional.gelu(x)],
     "input given back": lambda x: [x, x.view(-1)],
     "nothing reads it": lambda x: [x.cos(), (x.sin(), x)[1]],
+    "no numbers": lambda x: [x[:0].sum(0), x.exp()],
     "a constant": lambda x: [x * torch.tensor([1.0, 2.0, 3.0, 4.0]) + torch.ones(4)],
     "convolution": lambda x: [functional.conv2d(x[None, None], torch.ones(1, 1, 2, 2))],
     "batched": lambda x: [torch.func.vmap(lambda row: functional.softmax(row, 0))(x)],
@@ -160,12 +161,90 @@ def test_what_is_known_is_bounded_and_can_be_given_back():
     for number in range(KEPT + 1):
         for _ in range(5):
             replays.run(lambda x: [x + 1], (torch.ones(2),), number)
-    assert replays.tapes == 1
+    assert replays.tapes == KEPT
     replays.stop()
     counted = Counted(lambda x: [x + 1])
     for _ in range(CALLS):
         replays.run(counted, (torch.ones(2),), "kind")
     assert (replays.tapes, counted.calls) == (0, CALLS)
+
+
+def test_with_more_kinds_than_are_known_the_others_are_run_as_written(monkeypatch):
+    recorded = Counted(record)
+    monkeypatch.setattr("droptune.trainers.replays.record", recorded)
+    replays = Replays(lambda: None)
+    for _ in range(CALLS):
+        for number in range(KEPT + 8):
+            replays.run(lambda x: [x + 1], (torch.ones(2),), number)
+    assert recorded.calls == 3 * KEPT  # of 20 calls the second, the third and the tenth
+    for _ in range(FORGOTTEN):
+        replays.run(lambda x: [x + 1], (torch.ones(2),), "another")
+    assert replays.tapes == KEPT
+    assert "another" in {key[0] for key in replays._known}
+
+
+def test_what_touches_much_memory_is_not_replayed(monkeypatch):
+    monkeypatch.setattr("droptune.trainers.replays.LIMIT", 100)
+    assert calls_of(lambda x: [x + 1], shape=(26,)) == CALLS
+    assert calls_of(lambda x: [x + 1], shape=(25,)) == WRITTEN
+
+
+def test_the_most_memory_that_is_needed_at_once():
+    def chain(x):
+        y = (x + 1) * 2  # the first is over when the second is there
+        return [y.sum() + (y * y).sum()]
+
+    _, recording = record(chain, [torch.zeros(100)])
+    assert recording.peak == 2 * 400 + 4
+
+
+def test_what_changes_unread_is_changed():
+    """`native_batch_norm` does not say that it changes the statistics."""
+    norms = [torch.nn.BatchNorm1d(4) for _ in range(2)]
+    replays = Replays(lambda: None)
+    for number in range(CALLS):
+        x = numbers(number, 3, 4)
+        replays.run(lambda x: [norms[0](x.detach()) * 0 + x, x][1:], (x,), "kind")
+        norms[1](x)
+        assert torch.equal(norms[0].running_mean, norms[1].running_mean)
+        assert torch.equal(norms[0].running_var, norms[1].running_var)
+    assert replays.tapes == 1
+
+
+def test_a_tensor_that_is_put_on_other_memory_is_not_frozen():
+    total = torch.zeros(1)
+
+    def moved(x):
+        total.data = total.data + 1
+        return [x + total]
+
+    replays = Replays(lambda: None)
+    found = [replays.run(moved, (torch.zeros(1),), "kind")[0].item() for _ in range(CALLS)]
+    assert found == list(range(1, CALLS + 1))
+
+
+def test_outputs_of_tapes_share_memory_and_are_right_until_the_next():
+    replays = Replays(lambda: None)
+    for number in range(CALLS):
+        for kind, factor in (("double", 2), ("triple", 3)):
+            x = numbers(number, 50)
+            y, z = replays.run(lambda x, f=factor: [x * f, x - f], (x,), kind)
+            assert torch.equal(y, x * factor)
+            assert torch.equal(z, x - factor)
+    assert replays.tapes == 2
+    assert len(replays._pool._free) == 2
+
+
+def test_a_tape_that_fails_says_so(monkeypatch):
+    def failing(*_):
+        raise OSError("no such kernel")
+
+    monkeypatch.setattr(Tape, "play", failing)
+    replays = Replays(lambda: None)
+    for _ in range(3):
+        replays.run(lambda x: [x + 1], (torch.ones(2),), "kind")
+    with pytest.raises(ReplayError, match="no such kernel"):
+        replays.run(lambda x: [x + 1], (torch.ones(2),), "kind")
 
 
 def test_what_is_remembered_is_computed_anew_where_it_is_recorded():
@@ -196,4 +275,4 @@ def test_tapes_share_memory_and_need_no_more_than_lives_at_once():
         tape = Tape(recording, pool)
         x = numbers(1, size, size) / 100
         assert torch.equal(tape.play([x])[0], chain(x)[0])
-    assert len(pool._free) <= 2
+    assert len(pool._free) <= 3  # two matrices and the sum
