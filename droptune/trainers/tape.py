@@ -85,10 +85,10 @@ class Tape:
         if not operation.fresh:
             return operation.function._op, args, kwargs
         if operand is not None and operand == operation.args[0]:
-            function = _changing(operation.function)
+            function = _in_place_form(operation.function)
             if function is not None:
                 return function._op, args, kwargs
-        return _filling(operation.function, args, kwargs, results)
+        return _into(operation.function, args, kwargs, results)
 
     def _tensor(self, view: View) -> Tensor:
         storage = self._storages[view.memory]
@@ -109,13 +109,13 @@ def _replaceable(operation: Operation, free: set[int]) -> View | None:
     return None
 
 
-def _filling(
+def _into(
     function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: Sequence[Tensor]
 ) -> Call:
     """How to do an operation that returns new tensors so that its results are in these."""
     if function in _COPIES:
         return results[0].copy_, args[:1], {}
-    found = _writing(function)
+    found = _out_form(function)
     if found is not None:
         writing, name = found
         return writing._op, args, {**kwargs, name: results[0]}
@@ -128,14 +128,14 @@ def _filling(
     return copy, (), {}
 
 
-def _changing(function: Any) -> Any:
+def _in_place_form(function: Any) -> Any:
     """The operation that changes its first operand where `function` returns a new tensor."""
     siblings = getattr(torch.ops, function.namespace)
     packet = getattr(siblings, f"{function.overloadpacket.__name__}_", None)
     return getattr(packet, function._overloadname, None)
 
 
-def _writing(function: Any) -> tuple[Any, str] | None:
+def _out_form(function: Any) -> tuple[Any, str] | None:
     """The operation that takes a tensor for its only result, and that argument's name; none that
     only copies it there."""
     packet = function.overloadpacket
