@@ -7,6 +7,7 @@ atomic: what is read is whole, whatever happened while it was written.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -83,16 +84,13 @@ class Directory:
         return sorted(name for name in names if name.startswith(prefix))
 
 
-def _temporary(folder: Path, tries: int = 100) -> tuple[int, str]:
+def _temporary(folder: Path) -> tuple[int, str]:
     """An open file in the folder, which other processes may remove while it is empty."""
-    while True:
-        try:
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):
             folder.mkdir(parents=True, exist_ok=True)
             return tempfile.mkstemp(dir=folder, prefix=_WRITING)
-        except FileNotFoundError:
-            tries -= 1
-            if not tries:
-                raise
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
 
 
 def _sync_directory(path: Path) -> None:
