@@ -62,6 +62,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         global calls
+        torch.ones(()).item()  # what looks at numbers is called in every update, and not replayed
         calls += self.training
         if self.training and "SLOW" in os.environ:
             time.sleep(float(os.environ["SLOW"]))

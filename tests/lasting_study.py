@@ -27,6 +27,7 @@ class Net(nn.Module):
         self.layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 2))
 
     def forward(self, x):
+        torch.ones(()).item()  # what looks at numbers is called in every update, and not replayed
         time.sleep({pause})
         return self.layers(x)
 
