@@ -204,10 +204,11 @@ def behind_vmap(rates: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, int | None
     for tensor in (rates, keys):
         if not functorch.is_batchedtensor(tensor) or functorch.maybe_get_level(tensor) != level:
             return rates, keys, None
-    return _slots_first(rates), _slots_first(keys), level
+    return slots_first(rates), slots_first(keys), level
 
 
-def _slots_first(batched: Tensor) -> Tensor:
+def slots_first(batched: Tensor) -> Tensor:
+    """A tensor that the innermost vmap batches, without it: [slots, ...]."""
     plain, dimension = functorch.get_unwrapped(batched), functorch.maybe_get_bdim(batched)
     return plain.movedim(dimension, 0) if dimension else plain
 

@@ -15,6 +15,8 @@ from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn import functional
 
+from droptune.sites.masks import slots_first
+
 
 def batch_linear(model: nn.Module) -> None:
     """Let the linear layers of a model that runs under vmap do so in training."""
@@ -31,20 +33,15 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
         return functional.linear(x, weight, bias)
     if weight.is_complex() or not all(map(functorch.is_batchedtensor, given)):  # or a frozen one
         return functional.linear(x, weight, bias)
-    level, slots = functorch.maybe_get_level(weight), len(_slots_first(weight))
-    x = _slots_first(x) if functorch.is_batchedtensor(x) else x.expand(slots, *x.shape)
+    level, slots = functorch.maybe_get_level(weight), len(slots_first(weight))
+    x = slots_first(x) if functorch.is_batchedtensor(x) else x.expand(slots, *x.shape)
     # what is applied inside of a transform goes through Python once more for each transform
     with temporarily_pop_interpreter_stack():
         examples = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-        given = [examples, *map(_slots_first, given)]
+        given = [examples, *map(slots_first, given)]
         y: Tensor = _Batched.apply(*given)  # type: ignore[no-untyped-call]
         y = y.view(*x.shape[:-1], y.shape[-1])
     return functorch._add_batch_dim(y, 0, level)
-
-
-def _slots_first(batched: Tensor) -> Tensor:
-    plain, dimension = functorch.get_unwrapped(batched), functorch.maybe_get_bdim(batched)
-    return plain.movedim(dimension, 0)
 
 
 class _Batched(torch.autograd.Function):

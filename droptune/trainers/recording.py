@@ -1,7 +1,7 @@
 """What a function does to tensors, written down: its operations, and the memory that each is on.
 
-A tensor is described by where it lies. So views need no operations of their own, and recordings
-of two calls can be compared.
+A tensor is described by where it lies. So views are no operations of their own, and recordings of
+two calls can be compared.
 """
 
 from __future__ import annotations
@@ -98,10 +98,15 @@ class Recording:
     steady: bool = True
 
     @property
+    def last(self) -> dict[int, int]:
+        """The number of the operation that touches a memory last; none for the outputs'."""
+        last = {memory: n for n, op in enumerate(self.operations) for memory in op.touched}
+        return last | {view.memory: len(self.operations) for view in self.outputs}
+
+    @property
     def peak(self) -> int:
         """Bytes of what it allocated that were needed at once."""
-        last = {memory: n for n, op in enumerate(self.operations) for memory in op.touched}
-        last |= {view.memory: len(self.operations) for view in self.outputs}
+        last = self.last
         sizes = {memory: size for op in self.operations for memory, size in op.fresh.items()}
         needed = peak = 0
         for n, operation in enumerate(self.operations):
@@ -209,8 +214,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fresh = {self._add(tensor): tensor.untyped_storage().nbytes() for tensor in new}
         results = tuple(map(self.view, tensors))
         operation = Operation(func, given, named, results, fresh)
-        looks = len(tensors) < len(leaves) or not (tensors or operation.written)  # at numbers
+        writes = bool(operation.written)
+        looks = len(tensors) < len(leaves) or not (tensors or writes)  # at numbers
         if looks or any(tag in func.tags for tag in _UNSTEADY):
             self.recording.steady = False
-        self.recording.operations.append(operation)
+        if writes:
+            self.recording.operations.append(operation)
         return returned

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ Function = Callable[..., Sequence[Tensor]]
 
 
 class ReplayError(RuntimeError):
-    """A tape failed; the function that it stands for may not."""
+    """A tape failed, or could not be made; the function that it stands for may do."""
 
 
 @dataclass
@@ -80,10 +81,8 @@ class Replays:
             return self._look(known, lambda *new: function(*tree_unflatten(new, spec)), leaves)
         if known.tape is None:
             return function(*inputs)
-        try:
+        with _blamed_on_replay():
             return known.tape.play(leaves)
-        except Exception as error:
-            raise ReplayError(str(error)) from error
 
     def _look(self, known: _Kind, function: Function, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
         """The call as it is written, and what is known after it."""
@@ -94,7 +93,8 @@ class Replays:
         if known.too_large or not alike:
             known.tape = None
         elif known.tape is None:
-            known.tape = Tape(recording, self._pool)
+            with _blamed_on_replay():
+                known.tape = Tape(recording, self._pool)
         known.recording = None if known.too_large else recording
         return outputs
 
@@ -111,6 +111,14 @@ class Replays:
             known = self._known[key] = _Kind()
         known.last = self._calls
         return known
+
+
+@contextmanager
+def _blamed_on_replay() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ReplayError(str(error)) from error
 
 
 def _in_host_memory(leaf: object) -> bool:

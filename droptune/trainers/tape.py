@@ -47,12 +47,10 @@ class Tape:
         self._outside = recording.outside
         self._storages = {m: t.untyped_storage() for m, t in recording.outside.items()}
         self._inputs = [recording.outside[memory] for memory in range(recording.inputs)]
-        operations = [operation for operation in recording.operations if operation.written]
-        last = {memory: n for n, op in enumerate(operations) for memory in op.touched}
-        last |= {view.memory: len(operations) for view in recording.outputs}
+        last = recording.last
         self._calls = [
             self._call(operation, {memory for memory in operation.touched if last[memory] == n})
-            for n, operation in enumerate(operations)
+            for n, operation in enumerate(recording.operations)
         ]
         self._outputs = [self._tensor(view) for view in recording.outputs]
         for memory in {view.memory for view in recording.outputs} - self._outside.keys():

@@ -247,6 +247,18 @@ def test_a_tape_that_fails_says_so(monkeypatch):
         replays.run(lambda x: [x + 1], (torch.ones(2),), "kind")
 
 
+def test_a_tape_that_cannot_be_made_says_so(monkeypatch):
+    def failing(*_):
+        raise OSError("no such memory")
+
+    monkeypatch.setattr(Pool, "take", failing)
+    replays = Replays(lambda: None)
+    for _ in range(2):
+        replays.run(lambda x: [x + 1], (torch.ones(2),), "kind")
+    with pytest.raises(ReplayError, match="no such memory"):
+        replays.run(lambda x: [x + 1], (torch.ones(2),), "kind")
+
+
 def test_what_is_remembered_is_computed_anew_where_it_is_recorded():
     known: dict[str, Tensor] = {}
 
