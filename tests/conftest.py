@@ -15,3 +15,11 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest_plugins = ["databases"]
+
+if os.environ.get("DROPTUNE_TEST_DEVICE") == "sim":
+    import tempfile
+    from pathlib import Path
+
+    import accelerator
+
+    accelerator.load(Path(os.environ.get("DROPTUNE_TEST_BUILD", tempfile.gettempdir())))

@@ -15,6 +15,8 @@ log = logging.getLogger("droptune.sites")
 Drawn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(hashed indices [n], first and second word of the keys, thresholds), all int32, to 0 or 1."""
 
+DEVICES = ("cuda",)  # that it is compiled for
+
 TEXT = """
 template <typename T> T drawn(T index, T first, T second, T threshold) {
     unsigned int x = static_cast<unsigned int>(index ^ first) * 0x7FEB352Du;
@@ -23,6 +25,20 @@ template <typename T> T drawn(T index, T first, T second, T threshold) {
     return static_cast<T>(static_cast<int>(x) >= static_cast<int>(threshold));
 }
 """
+
+_SCHEMA = "drawn(Tensor indices, Tensor first, Tensor second, Tensor threshold) -> Tensor"
+_operations = torch.library.Library("droptune", "DEF")  # type: ignore[no-untyped-call]
+_operations.define(_SCHEMA)  # type: ignore[no-untyped-call]
+
+
+def operation_for(reference: Drawn) -> Drawn:
+    """The kernel as an operation of torch, which a recording of operations sees."""
+
+    def drawn(*numbers: Tensor) -> Tensor:
+        return kernel_for(numbers[0].device, reference)(*numbers)
+
+    _operations.impl("drawn", drawn, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    return cast(Drawn, torch.ops.droptune.drawn.default)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-from droptune.sites.kernel import kernel_for
+from droptune.sites import kernel
 
 Shape = tuple[int, ...]
 
@@ -140,9 +140,9 @@ class Noise(NamedTuple):
     def _drawn(self, shape: Shape, device: torch.device) -> Tensor:
         """0 or 1, flat."""
         drawn_from = _indices(math.prod(shape), device), self.first, self.second, self.threshold
-        if device.type != "cuda" or _is_batched(*drawn_from):
+        if device.type not in kernel.DEVICES or _is_batched(*drawn_from):
             return _draw(*drawn_from)
-        return kernel_for(device, _draw)(*drawn_from)
+        return _draw_at_once(*drawn_from)
 
     def _shaped(self, flat: Tensor, shape: Shape) -> Tensor:
         if self.level is None:
@@ -162,6 +162,9 @@ def _draw(indices: Tensor, first: Tensor, second: Tensor, threshold: Tensor) -> 
     x ^= second
     x *= _SECOND
     return x >= threshold if _is_batched(x, threshold) else x.ge_(threshold)
+
+
+_draw_at_once = kernel.operation_for(_draw)  # on a CUDA device
 
 
 def _is_batched(*tensors: Tensor) -> bool:

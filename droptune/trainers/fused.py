@@ -28,7 +28,7 @@ from droptune.spec.spec import StudySpec
 from droptune.trainers.batched import BatchedModel
 from droptune.trainers.evaluation import measure, measured_values
 from droptune.trainers.interval import Chunk, Interval, words_of
-from droptune.trainers.memory import is_out_of_memory
+from droptune.trainers.memory import empty_cache, is_out_of_memory
 from droptune.trainers.monte_carlo import dropout_on, measure_passes
 from droptune.trainers.optimizer_state import build
 from droptune.trainers.recipe import Recipe, tensors_of, to_host
@@ -180,13 +180,13 @@ class Fused(Trainer):
 
     def _remedy(self, error: BaseException) -> Callable[[], None] | None:
         """How the same interval can be trained after all; None where it cannot."""
+        if isinstance(error, ReplayError):  # for want of memory, too: a group needs less without
+            log.info("updates are no longer replayed: %s", one_line(error))
+            return self._model.replays.stop
         if is_out_of_memory(error):
             return self._narrow if min(self._limit, len(self._slots)) > 1 else None
         if not isinstance(error, Exception) or isinstance(error, Interrupted):
             return None
-        if isinstance(error, ReplayError):
-            log.info("updates are no longer replayed: %s", one_line(error))
-            return self._model.replays.stop
         narrower = "shares_batches" if self.shares_batches is None else "alone"
         return functools.partial(setattr, self, narrower, one_line(error))
 
@@ -194,8 +194,7 @@ class Fused(Trainer):
         self._limit = min(self._limit, len(self._slots)) // 2
         self._model.replays.clear()
         log.warning("out of memory: going on with %d trainings at a time", self._limit)
-        if self.recipe.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self.recipe.device)
 
     def _arrange(self) -> list[list[int]]:
         """Cohorts of slots that can be trained side by side, moved to neighbouring rows."""

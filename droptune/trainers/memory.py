@@ -15,10 +15,15 @@ SHARE_OF_DEVICE = 0.85
 _KEEP = {-4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Whether it is an accelerator with a memory of its own, as a CUDA device is."""
+    return device.type not in ("cpu", "mps", "meta")
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that a group may use on this device: a share of what is free."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+    if has_own_memory(device):
+        free, _ = torch.accelerator.get_memory_info(device)
         return int(free * SHARE_OF_DEVICE)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -30,11 +35,11 @@ def free_memory(device: torch.device) -> int:
 
 def used_memory(device: torch.device, *, reset: bool = False) -> int:
     """Bytes in use: the device's peak since `reset`, or the process's resident memory."""
-    if device.type == "cuda":
+    if has_own_memory(device):
         if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-            return torch.cuda.memory_allocated(device)
-        return torch.cuda.max_memory_allocated(device)
+            torch.accelerator.reset_peak_memory_stats(device)
+            return torch.accelerator.memory_allocated(device)
+        return torch.accelerator.max_memory_allocated(device)
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -59,6 +64,12 @@ def return_freed_memory() -> None:
     """Give the kernel back what was freed until now."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what the device keeps for tensors to come."""
+    if has_own_memory(device):
+        torch.accelerator.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,15 +1,20 @@
-"""Calls that come again and again, done from a tape once two of them have proved to be alike."""
+"""Calls that come again and again, replayed once two of them have proved to be alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from droptune.trainers.captured import Captured, GraphPool
+from droptune.trainers.memory import has_own_memory
 from droptune.trainers.recording import Recording, record
 from droptune.trainers.tape import Pool, Tape
 
@@ -17,11 +22,13 @@ KEPT = 32  # kinds of calls that are known at a time
 FORGOTTEN = 1000  # calls of other kinds, after which another may take a kind's place
 LIMIT = 64 * 2**20  # bytes of a call at once: with more, what is around operations is little
 LOOKS = (2, 3, *(10**power for power in range(1, 10)))  # the calls of a kind that are recorded
+TRIED = range(4, 7)  # the calls of a kind that are timed from a graph,
+WRITTEN = range(7, 10)  # and as they are written
 Function = Callable[..., Sequence[Tensor]]
 
 
 class ReplayError(RuntimeError):
-    """A tape failed, or could not be made; the function that it stands for may do."""
+    """A replay failed, or could not be made; the function that it stands for may do."""
 
 
 @dataclass
@@ -31,17 +38,19 @@ class _Kind:
     calls: int = 0
     last: int = 0
     recording: Recording | None = None
-    tape: Tape | None = None
-    too_large: bool = False
+    replay: Tape | Captured | None = None
+    never: bool = False
+    seconds: dict[range, float] = field(default_factory=dict)
 
 
 class Replays:
-    """Runs functions of tensors in host memory: as they are written, until two recordings of a
-    kind of call are alike, and then from a tape.
+    """Runs functions of tensors: as they are written, until two recordings of a kind of call are
+    alike, and then from a tape in host memory, and from a graph on an accelerator.
 
-    They are where a function does the same operations whatever the numbers are, and not too much
-    memory is touched. It is looked at again at its tenth call, its hundredth and so on: the tape
-    ends when it is found to do something else. `forget` lets it compute anew what it remembers.
+    They are where a function does the same operations whatever the numbers are. It is looked at
+    again at its tenth call, its hundredth and so on: the replay ends when it is found to do
+    something else. `forget` lets it compute anew what it remembers. Calls that touch much host
+    memory are left as they are, and those that a graph does not make faster.
     """
 
     def __init__(self, forget: Callable[[], None]) -> None:
@@ -53,12 +62,12 @@ class Replays:
         """Give all memory back."""
         self._known: dict[Hashable, _Kind] = {}
         self._calls = 0
-        self._pool = Pool()
+        self._pool, self._graph_pool = Pool(), GraphPool()
 
     @property
-    def tapes(self) -> int:
-        """How many kinds of calls are done from a tape."""
-        return sum(kind.tape is not None for kind in self._known.values())
+    def replayed(self) -> int:
+        """How many kinds of calls are replayed."""
+        return sum(kind.replay is not None for kind in self._known.values())
 
     def stop(self) -> None:
         """Run everything as it is written from now on."""
@@ -71,32 +80,45 @@ class Replays:
         Calls of one kind are of the same function on the same memory beside its inputs.
         """
         leaves, spec = tree_flatten(inputs)
-        if not (self._on and all(map(_in_host_memory, leaves))):
+        if not (self._on and _can_be_replayed(leaves)):
             return function(*inputs)
         known = self._kind((kind, spec, *((leaf.shape, leaf.dtype) for leaf in leaves)))
-        if known is None or known.too_large:
+        if known is None or known.never:
             return function(*inputs)
         known.calls += 1
         if known.calls in LOOKS:
             return self._look(known, lambda *new: function(*tree_unflatten(new, spec)), leaves)
-        if known.tape is None:
+        if known.replay is None:
             return function(*inputs)
+        if isinstance(known.replay, Captured) and known.calls <= WRITTEN[-1]:
+            return _timed(known, lambda: function(*inputs), leaves)
         with _blamed_on_replay():
-            return known.tape.play(leaves)
+            return known.replay.play(leaves)
 
     def _look(self, known: _Kind, function: Function, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
         """The call as it is written, and what is known after it."""
         self._forget()
         outputs, recording = record(function, [leaf.clone() for leaf in leaves])
-        known.too_large = recording.peak > LIMIT
+        known.never = leaves[0].device.type == "cpu" and recording.peak > LIMIT
         alike = known.recording is not None and known.recording.repeats(recording)
-        if known.too_large or not alike:
-            known.tape = None
-        elif known.tape is None:
+        if known.never or not alike:
+            known.replay = None
+        elif known.replay is None:
             with _blamed_on_replay():
-                known.tape = Tape(recording, self._pool)
-        known.recording = None if known.too_large else recording
+                known.replay = self._replay(function, leaves, recording)
+        known.recording = None if known.never else recording
         return outputs
+
+    def _replay(
+        self, function: Function, leaves: Sequence[Tensor], recording: Recording
+    ) -> Tape | Captured:
+        if leaves[0].device.type == "cpu":
+            return Tape(recording, self._pool)
+        self._forget()  # a graph has to compute all that the recording does,
+        try:
+            return Captured(function, leaves, recording, self._graph_pool)
+        finally:
+            self._forget()  # and nobody else may read what is nowhere else computed
 
     def _kind(self, key: Hashable) -> _Kind | None:
         """What is known of a kind; None where too many others are in use."""
@@ -113,6 +135,34 @@ class Replays:
         return known
 
 
+def _timed(
+    known: _Kind, written: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """One of the calls that tell whether a graph is faster; it is given up after the last if not.
+
+    The shortest of each way counts. So few waits for the device are not noticed.
+    """
+    assert known.replay is not None
+    tried = known.calls in TRIED
+    torch.accelerator.synchronize(leaves[0].device)
+    started = time.perf_counter()
+    if tried:
+        with _blamed_on_replay():
+            outputs: Sequence[Tensor] = known.replay.play(leaves)
+    else:
+        outputs = written()
+    torch.accelerator.synchronize(leaves[0].device)
+    way, seconds = TRIED if tried else WRITTEN, time.perf_counter() - started
+    known.seconds[way] = min(seconds, known.seconds.get(way, math.inf))
+    if known.calls == WRITTEN[-1] and not _is_faster(known.seconds):
+        known.replay, known.recording, known.never = None, None, True
+    return outputs
+
+
+def _is_faster(seconds: Mapping[range, float]) -> bool:
+    return seconds[TRIED] < seconds[WRITTEN]
+
+
 @contextmanager
 def _blamed_on_replay() -> Iterator[None]:
     try:
@@ -121,5 +171,8 @@ def _blamed_on_replay() -> Iterator[None]:
         raise ReplayError(str(error)) from error
 
 
-def _in_host_memory(leaf: object) -> bool:
-    return type(leaf) is Tensor and leaf.device.type == "cpu"
+def _can_be_replayed(leaves: Sequence[object]) -> bool:
+    """Whether all are tensors of one device, in host memory or on an accelerator."""
+    devices = {leaf.device if type(leaf) is Tensor else None for leaf in leaves}
+    device = devices.pop() if len(devices) == 1 else None
+    return device is not None and (device.type == "cpu" or has_own_memory(device))

@@ -15,6 +15,7 @@ import torch
 from droptune.program.data import Streamed
 from droptune.program.declared import default_values
 from droptune.trainers.memory import (
+    empty_cache,
     free_memory,
     is_out_of_memory,
     return_freed_memory,
@@ -170,8 +171,7 @@ class _Measured:
             self._too_wide, self.ended = width, f"width {width} ran out of memory"
         gc.collect()
         return_freed_memory()
-        if self._recipe.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self._recipe.device)
 
 
 def _measure(recipe: Recipe, make: Callable[[Recipe, int], Trainer], width: int) -> Tried:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import random
 from dataclasses import replace
 from typing import ClassVar
@@ -26,6 +27,7 @@ from droptune.program.short_form import classification, regression
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.trainers import batched, evaluation
+from droptune.trainers.captured import Captured
 from droptune.trainers.checkpoint import CheckpointStore
 from droptune.trainers.fused import Fused
 from droptune.trainers.fusibility import fusible
@@ -40,6 +42,8 @@ from droptune.trainers.tape import Tape
 from droptune.training import Assignment, Seeds, Training, TrainingKind
 
 TOLERANCE = 1e-9
+DEVICE = torch.device(os.environ.get("DROPTUNE_TEST_DEVICE", "cpu"))
+Replay = Tape if DEVICE.type == "cpu" else Captured
 INTERVALS = 4
 CLASSES = 3
 
@@ -234,7 +238,7 @@ def recipe_of(name: str) -> Recipe:
 def make_recipe(program: Program, take: str = "best", **more) -> Recipe:
     metric = {"custom": "loss", "regression": "mse"}.get(program.task, "nll")
     sites = find_program_sites(program).sites
-    options = {"precision": "float64", **more}
+    options = {"precision": "float64", "device": DEVICE, **more}
     return Recipe(program, sites, Objective(metric, take), **options)
 
 
@@ -301,6 +305,12 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _graphs_are_kept(monkeypatch):
+    """Whatever they cost on this device."""
+    monkeypatch.setattr("droptune.trainers.replays._is_faster", lambda _: True)
+
+
 # -- the suite ------------------------------------------------------------------------------------
 
 
@@ -351,8 +361,8 @@ def test_every_program_is_found_fusible_by_trying(name):
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in ("bert", "gpt2")])
 def test_what_is_tried_is_replayed_as_well(name, monkeypatch):
-    played, play = [], Tape.play
-    monkeypatch.setattr(Tape, "play", lambda *given: (played.append(1), play(*given))[1])
+    played, play = [], Replay.play
+    monkeypatch.setattr(Replay, "play", lambda *given: (played.append(1), play(*given))[1])
     assert fusible(recipe_of(name)).ok
     assert played
 
@@ -374,7 +384,7 @@ class UnreadNorm(nn.Module):
 def test_statistics_that_nothing_reads_move_in_replayed_updates():
     recipe = make_recipe(replace(PROGRAMS["mlp with batch norm"](), model=UnreadNorm))
     (fused, left), (_, expected) = (left_after(recipe, replayed=each) for each in (True, False))
-    assert fused._model.replays.tapes > 0
+    assert fused._model.replays.replayed > 0
     for tensors, others in zip(left, expected, strict=True):
         assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
 
@@ -479,7 +489,7 @@ def left_after(recipe: Recipe, *, replayed: bool) -> tuple[Fused, list[dict[str,
 def test_replayed_updates_are_the_same_bit_for_bit(name, more):
     recipe = make_recipe(PROGRAMS[name](), **more)
     (fused, left), (_, expected) = (left_after(recipe, replayed=each) for each in (True, False))
-    assert (fused._model.replays.tapes > 0) == (name not in LOOKING)
+    assert (fused._model.replays.replayed > 0) == (name not in LOOKING)
     for tensors, others in zip(left, expected, strict=True):
         assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
 
@@ -491,7 +501,7 @@ def test_an_interval_whose_replay_fails_is_trained_as_it_is_written(monkeypatch)
     def failing(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(Tape, "play", failing)
+    monkeypatch.setattr(Replay, "play", failing)
     fused, left = left_after(recipe, replayed=True)
     assert fused.alone is fused.shares_batches is None
     for tensors, others in zip(left, expected, strict=True):
@@ -805,7 +815,7 @@ def test_other_randomness_of_a_model_is_seeded_by_the_update_and_makes_it_solo()
             self.drop, self.head = nn.Dropout(0.3), nn.Linear(6, CLASSES)
 
         def forward(self, x):
-            return self.head(self.drop(x + torch.randn(x.shape, dtype=x.dtype)))
+            return self.head(self.drop(x + torch.randn(x.shape, dtype=x.dtype, device=x.device)))
 
     recipe = make_recipe(_classify(Noisy, _noise(22, 6)))
     found = fusible(recipe)

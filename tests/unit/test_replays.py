@@ -105,7 +105,7 @@ def test_a_tape_ends_when_the_function_does_something_else():
         found.append(replays.run(function, (torch.ones(()),), "kind")[0].item())
     assert found[:9] == [1.0] * 9
     assert found[9:] == [2.0] * 991  # seen at the tenth call
-    assert replays.tapes == 1  # of what it does now
+    assert replays.replayed == 1  # of what it does now
 
 
 def test_memory_outside_is_changed_in_place():
@@ -121,7 +121,7 @@ def test_memory_outside_is_changed_in_place():
         expected += x
         assert torch.equal(replays.run(add, (x,), "kind")[0], expected * 2)
         assert torch.equal(total, expected)
-    assert replays.tapes == 1
+    assert replays.replayed == 1
 
 
 def test_a_gradient_with_autograd_and_vmap():
@@ -145,7 +145,7 @@ def test_kinds_shapes_and_types_are_apart():
                 x = numbers(number, size).to(dtype)
                 assert torch.equal(replays.run(double, (x,), "double")[0], x * 2)
                 assert torch.equal(replays.run(lambda y: [y * 3], (x,), "triple")[0], x * 3)
-    assert (replays.tapes, double.calls) == (8, 4 * WRITTEN)
+    assert (replays.replayed, double.calls) == (8, 4 * WRITTEN)
 
 
 def test_only_tensors_in_host_memory_are_replayed():
@@ -161,12 +161,12 @@ def test_what_is_known_is_bounded_and_can_be_given_back():
     for number in range(KEPT + 1):
         for _ in range(5):
             replays.run(lambda x: [x + 1], (torch.ones(2),), number)
-    assert replays.tapes == KEPT
+    assert replays.replayed == KEPT
     replays.stop()
     counted = Counted(lambda x: [x + 1])
     for _ in range(CALLS):
         replays.run(counted, (torch.ones(2),), "kind")
-    assert (replays.tapes, counted.calls) == (0, CALLS)
+    assert (replays.replayed, counted.calls) == (0, CALLS)
 
 
 def test_with_more_kinds_than_are_known_the_others_are_run_as_written(monkeypatch):
@@ -179,7 +179,7 @@ def test_with_more_kinds_than_are_known_the_others_are_run_as_written(monkeypatc
     assert recorded.calls == 3 * KEPT  # of 20 calls the second, the third and the tenth
     for _ in range(FORGOTTEN):
         replays.run(lambda x: [x + 1], (torch.ones(2),), "another")
-    assert replays.tapes == KEPT
+    assert replays.replayed == KEPT
     assert "another" in {key[0] for key in replays._known}
 
 
@@ -208,7 +208,7 @@ def test_what_changes_unread_is_changed():
         norms[1](x)
         assert torch.equal(norms[0].running_mean, norms[1].running_mean)
         assert torch.equal(norms[0].running_var, norms[1].running_var)
-    assert replays.tapes == 1
+    assert replays.replayed == 1
 
 
 def test_a_tensor_that_is_put_on_other_memory_is_not_frozen():
@@ -231,7 +231,7 @@ def test_outputs_of_tapes_share_memory_and_are_right_until_the_next():
             y, z = replays.run(lambda x, f=factor: [x * f, x - f], (x,), kind)
             assert torch.equal(y, x * factor)
             assert torch.equal(z, x - factor)
-    assert replays.tapes == 2
+    assert replays.replayed == 2
     assert len(replays._pool._free) == 2
 
 
@@ -271,7 +271,7 @@ def test_what_is_remembered_is_computed_anew_where_it_is_recorded():
     for number in range(CALLS):
         x = numbers(number // 3, 2)
         assert torch.equal(replays.run(remembering, (x,), "kind")[0], x.exp() + 1)
-    assert replays.tapes == 1
+    assert replays.replayed == 1
 
 
 def test_tapes_share_memory_and_need_no_more_than_lives_at_once():

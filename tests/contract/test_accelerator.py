@@ -1,0 +1,27 @@
+"""The trainers' contract on an accelerator: where there is none, on one that is simulated."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.timeout(900)
+def test_the_contract_holds_on_an_accelerator(tmp_path):
+    """In a process of its own, because a device is there for good."""
+    files = [str(HERE / name) for name in ("test_trainer.py", "on_accelerator.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    environment = {
+        **{name: v for name, v in os.environ.items() if not name.startswith("PYTEST_")},
+        "DROPTUNE_TEST_DEVICE": "sim",
+        "DROPTUNE_TEST_BUILD": str(tmp_path),
+    }
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout.splitlines()[-1]
