@@ -13,11 +13,8 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/view_native.h>
-#include <ATen/ops/set_native.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/unfold_native.h>
-#include <ATen/ops/resize_native.h>
-#include <ATen/ops/_copy_from_and_resize.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.timeout(900)
 def test_the_contract_holds_on_an_accelerator(tmp_path):
     """In a process of its own, because a device is there for good."""
