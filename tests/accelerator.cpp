@@ -287,6 +287,8 @@ void capture(const c10::OperatorHandle& op, Stack* stack, Capture& graph) {
     auto* from = static_cast<char*>(bytes(t));
     before.emplace_back(t, std::vector<char>(from, from + t.storage().nbytes()));
   }
+  for (auto& [t, _] : before)  // there may be no numbers yet, and indices have to be some
+    if (t.scalar_type() == at::kLong) std::memset(bytes(t), 0, t.storage().nbytes());
   run(op, stack);
   const auto returned = op.schema().returns().size();
   auto results = tensors(c10::ArrayRef<c10::IValue>(*stack).slice(stack->size() - returned));
@@ -347,6 +349,12 @@ Tensor& set_storage(Tensor& self, c10::Storage storage, c10::SymInt offset, c10:
   self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
   self.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride, offset);
   return self;
+}
+
+Tensor& set_whole_storage(Tensor& self, c10::Storage storage) {
+  const auto count = int64_t(storage.nbytes() / self.itemsize());
+  return set_storage(self, std::move(storage), 0, c10::SymIntArrayRef({c10::SymInt(count)}),
+                     c10::SymIntArrayRef({c10::SymInt(1)}));
 }
 
 const Tensor& resize(const Tensor& self, c10::IntArrayRef size, std::optional<c10::MemoryFormat>) {
@@ -438,6 +446,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar_dense);
   m.impl("set_.source_Storage_storage_offset", set_storage);
+  m.impl("set_.source_Storage", set_whole_storage);
   m.impl("resize_", resize);
   m.impl("as_strided", at::native::as_strided_tensorimpl);
   m.impl("view", at::native::view);

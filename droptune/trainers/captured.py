@@ -1,19 +1,19 @@
-"""A recording as one launch on an accelerator: its operations in a graph (CUDA Graphs)."""
+"""A tape in one launch on an accelerator: its calls in a graph (CUDA Graphs)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from droptune.trainers.recording import Recording
+from droptune.trainers.tape import Tape
 
 
 class GraphPool:
-    """Memory for what does not outlive a replay, and the stream on which graphs are captured;
+    """Memory that operations need for themselves, and the stream on which graphs are captured;
     shared by graphs of one device that never run at once."""
 
     memory: Any = None  # the first graph's
@@ -21,24 +21,14 @@ class GraphPool:
 
 
 class Captured:
-    """Does what a recorded function does, with other numbers, without Python or a launch for each
-    operation in between.
+    """Plays a tape without a launch for each of its calls.
 
-    The function is called once more, for its operations and not for what they compute: that is
-    captured with all addresses as they are. Raises what the device says where an operation needs
-    the host.
+    They are done once more for it, but nothing is computed: a graph keeps them with all addresses,
+    and a tape's memory stays in place. Raises what the device says where a call needs the host.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Sequence[Tensor]],
-        inputs: Sequence[Tensor],
-        recording: Recording,
-        pool: GraphPool,
-    ) -> None:
-        self._outside = recording.outside  # has to stay where it is
-        self._inputs = [tensor.clone() for tensor in inputs]
-        device = inputs[0].device
+    def __init__(self, tape: Tape, device: torch.device, pool: GraphPool) -> None:
+        self._tape = tape
         self._graph = _graph(device)
         here = torch.accelerator.current_stream(device)
         aside = pool.stream = pool.stream or torch.Stream(device)
@@ -46,7 +36,7 @@ class Captured:
         with aside:
             _begin(self._graph, pool)
             try:
-                self._outputs = [output.detach() for output in function(*self._inputs)]
+                tape.run()
             except BaseException:
                 with suppress(RuntimeError):  # what went wrong was said before
                     self._graph.capture_end()
@@ -55,13 +45,11 @@ class Captured:
         here.wait_stream(aside)
         pool.memory = self._graph.pool()
 
-    @torch.no_grad()
     def play(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs for these inputs, until this is played again."""
-        for place, tensor in zip(self._inputs, inputs, strict=True):
-            place.copy_(tensor)
+        """The outputs for these inputs, until a tape of the same pool is played again."""
+        self._tape.take(inputs)
         self._graph.replay()
-        return self._outputs
+        return self._tape.outputs
 
 
 def _graph(device: torch.device) -> Any:

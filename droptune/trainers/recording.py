@@ -36,13 +36,14 @@ class View:
     """Where a tensor lies: in the recording's memory number `memory`, at `offset` (in elements)."""
 
     memory: int
+    device: torch.device
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
 
-NOWHERE = View(-1, torch.uint8, (), (), 0)
+NOWHERE = View(-1, torch.device("meta"), torch.uint8, (), (), 0)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def record(
 
 def _bytes(tensor: Tensor) -> Tensor:
     """All memory that a tensor is a view of."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -190,6 +192,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.recording.outside[self._add(tensor)] = tensor.detach()
         return View(
             self._numbers[tensor.untyped_storage()._cdata],
+            tensor.device,
             tensor.dtype,
             tuple(tensor.shape),
             tensor.stride(),

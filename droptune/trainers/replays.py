@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -22,8 +23,10 @@ KEPT = 32  # kinds of calls that are known at a time
 FORGOTTEN = 1000  # calls of other kinds, after which another may take a kind's place
 LIMIT = 64 * 2**20  # bytes of a call at once: with more, what is around operations is little
 LOOKS = (2, 3, *(10**power for power in range(1, 10)))  # the calls of a kind that are recorded
-TRIED = range(4, 7)  # the calls of a kind that are timed from a graph,
+TRIED = range(4, 7)  # the calls of a kind on an accelerator that are timed when replayed,
 WRITTEN = range(7, 10)  # and as they are written
+log = logging.getLogger("droptune.trainer")
+
 Function = Callable[..., Sequence[Tensor]]
 
 
@@ -45,12 +48,12 @@ class _Kind:
 
 class Replays:
     """Runs functions of tensors: as they are written, until two recordings of a kind of call are
-    alike, and then from a tape in host memory, and from a graph on an accelerator.
+    alike, and then from a tape; on an accelerator in one launch, as a graph, where that can be.
 
     They are where a function does the same operations whatever the numbers are. It is looked at
     again at its tenth call, its hundredth and so on: the replay ends when it is found to do
     something else. `forget` lets it compute anew what it remembers. Calls that touch much host
-    memory are left as they are, and those that a graph does not make faster.
+    memory are left as they are, and those on an accelerator that are not faster from a tape.
     """
 
     def __init__(self, forget: Callable[[], None]) -> None:
@@ -90,7 +93,7 @@ class Replays:
             return self._look(known, lambda *new: function(*tree_unflatten(new, spec)), leaves)
         if known.replay is None:
             return function(*inputs)
-        if isinstance(known.replay, Captured) and known.calls <= WRITTEN[-1]:
+        if leaves[0].device.type != "cpu" and known.calls <= WRITTEN[-1]:
             return _timed(known, lambda: function(*inputs), leaves)
         with _blamed_on_replay():
             return known.replay.play(leaves)
@@ -105,20 +108,19 @@ class Replays:
             known.replay = None
         elif known.replay is None:
             with _blamed_on_replay():
-                known.replay = self._replay(function, leaves, recording)
+                known.replay = self._replay(recording, leaves[0].device)
         known.recording = None if known.never else recording
         return outputs
 
-    def _replay(
-        self, function: Function, leaves: Sequence[Tensor], recording: Recording
-    ) -> Tape | Captured:
-        if leaves[0].device.type == "cpu":
-            return Tape(recording, self._pool)
-        self._forget()  # a graph has to compute all that the recording does,
+    def _replay(self, recording: Recording, device: torch.device) -> Tape | Captured:
+        tape = Tape(recording, self._pool)
+        if device.type == "cpu":
+            return tape
         try:
-            return Captured(function, leaves, recording, self._graph_pool)
-        finally:
-            self._forget()  # and nobody else may read what is nowhere else computed
+            return Captured(tape, device, self._graph_pool)
+        except Exception as error:  # whatever a device or a driver says
+            log.debug("replayed without a graph: %s", error)
+            return tape  # without what is around operations, and with a launch for each
 
     def _kind(self, key: Hashable) -> _Kind | None:
         """What is known of a kind; None where too many others are in use."""
@@ -138,7 +140,7 @@ class Replays:
 def _timed(
     known: _Kind, written: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """One of the calls that tell whether a graph is faster; it is given up after the last if not.
+    """One of the calls that tell whether a replay is faster; it is given up after the last if not.
 
     The shortest of each way counts. So few waits for the device are not noticed.
     """

@@ -23,12 +23,13 @@ class Pool:
     def __init__(self) -> None:
         self._free: list[UntypedStorage] = []
 
-    def take(self, size: int) -> UntypedStorage:
+    def take(self, size: int, device: torch.device) -> UntypedStorage:
         """`size` bytes, of what was given back last: that is still in the cache."""
         for place in reversed(range(len(self._free))):
-            if size <= self._free[place].nbytes() <= 2 * size:
+            free = self._free[place]
+            if free.device == device and size <= free.nbytes() <= 2 * size:
                 return self._free.pop(place)
-        return UntypedStorage(size)  # type: ignore[no-untyped-call]
+        return UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
 
     def give_back(self, storage: UntypedStorage) -> None:
         self._free.append(storage)
@@ -52,26 +53,37 @@ class Tape:
             self._call(operation, {memory for memory in operation.touched if last[memory] == n})
             for n, operation in enumerate(recording.operations)
         ]
-        self._outputs = [self._tensor(view) for view in recording.outputs]
+        self.outputs = [self._tensor(view) for view in recording.outputs]
         for memory in {view.memory for view in recording.outputs} - self._outside.keys():
             pool.give_back(self._storages[memory])  # they last until another tape is played
 
-    @torch.no_grad()
     def play(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs for these inputs, until a tape of this pool is played again."""
+        self.take(inputs)
+        self.run()
+        return self.outputs
+
+    @torch.no_grad()
+    def take(self, inputs: Sequence[Tensor]) -> None:
         for place, tensor in zip(self._inputs, inputs, strict=True):
             place.copy_(tensor)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """All calls, on the inputs that it took."""
         for function, args, kwargs in self._calls:
             function(*args, **kwargs)
-        return self._outputs
 
     def _call(self, operation: Operation, last: set[int]) -> Call:
         """How to do an operation; what it touches for the `last` time is free after it."""
         free = last - self._outside.keys()
         operand = _replaceable(operation, free)
         if operand is None:
-            new = {memory: self._pool.take(size) for memory, size in operation.fresh.items()}
-            self._storages |= new
+            devices = {view.memory: view.device for view in operation.results}
+            self._storages |= {
+                memory: self._pool.take(size, devices[memory])
+                for memory, size in operation.fresh.items()
+            }
         else:
             (result,) = operation.results
             self._storages[result.memory] = self._storages[operand.memory]

@@ -5,7 +5,6 @@ On a GPU: `DROPTUNE_TEST_DEVICE=cuda pytest` with this file and `test_trainer.py
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -38,6 +37,7 @@ from droptune.trainers.recipe import Recipe
 from droptune.trainers.recording import record
 from droptune.trainers.replays import TRIED, WRITTEN, Replays, _is_faster
 from droptune.trainers.solo import Solo
+from droptune.trainers.tape import Pool, Tape
 from droptune.trainers.width import choose_width
 
 HOST = torch.device("cpu")
@@ -140,6 +140,7 @@ STEADY = {
     "views": lambda x: [(x + 1).t()[1:].contiguous(), (x - 1).sum(0), x.view(-1)],
     "types": lambda x: [(x > 0).to(torch.int32).mul_(3).to(torch.float64)],
     "several results": lambda x: list(torch.max(x.exp(), 1)),
+    "a constant": lambda x: [x * torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device)],
     "what is made on the device": lambda x: [x + torch.arange(4.0, device=x.device)],
     "no numbers": lambda x: [x[:0].sum(0), x.exp()],
     "batched": lambda x: [torch.func.vmap(lambda row: row.softmax(0))(x)],
@@ -156,8 +157,7 @@ def test_a_graph_gives_what_the_function_gives(name):
         found = known.run(lambda y: (calls.append(1), function(y))[1], (x,), "kind")
         assert all(map(torch.equal, found, expected))
     assert known.replayed == 1
-    # three first, another for the graph, three to compare times with, the tenth
-    assert len(calls) == 8
+    assert len(calls) == 7  # three first, three to compare times with, the tenth
 
 
 def test_what_a_function_remembers_is_computed_in_the_graph_and_not_left_to_others():
@@ -193,7 +193,7 @@ def test_a_graph_that_is_not_faster_is_given_up(monkeypatch):
     for _ in range(CALLS):
         replayed.run(lambda x: (calls.append(1), [x + 1])[1], (numbers(0, 3),), "kind")
     assert replayed.replayed == 0
-    assert len(calls) == CALLS - 3 + 1  # three were tried, and one was for the graph
+    assert len(calls) == CALLS - 3  # three were tried
 
 
 def test_times_are_compared():
@@ -207,7 +207,7 @@ def test_memory_that_a_graph_uses_stays():
 
     def captured() -> Captured:
         _, recording = record(lambda x: [x * weights[0]], [x.clone()])
-        return Captured(lambda x: [x * weights[0]], [x], recording, GraphPool())
+        return Captured(Tape(recording, Pool()), DEVICE, GraphPool())
 
     graph = captured()
     weights.clear()
@@ -215,36 +215,26 @@ def test_memory_that_a_graph_uses_stays():
     assert torch.equal(graph.play([x])[0], expected)
 
 
-def test_what_is_remembered_in_a_graph_is_read_by_nobody_else():
-    known: dict[str, Tensor] = {}
+class Scaled(Mlp):
+    """Makes numbers on the device in every call."""
 
-    def remembering(x):
-        if "ones" not in known:
-            known["ones"] = torch.ones(2, device=DEVICE)
-        return [x + known["ones"]]
-
-    replayed, x = Replays(known.clear), numbers(0, 2)
-    for _ in range(3):
-        replayed.run(remembering, (x,), "kind")
-    assert replayed.replayed == 1  # captured, and never played
-    assert torch.equal(remembering(x)[0], x + 1)
+    def forward(self, x):
+        return super().forward(x * torch.tensor([1.0, 2.0] * 3, device=x.device, dtype=x.dtype))
 
 
-class NeedsTheHost(Mlp):
+class FromHost(Mlp):
     """Brings numbers of the host along in every call, which no graph can."""
 
     def forward(self, x):
         return super().forward(x * torch.tensor([1.0, 2.0] * 3).to(x.device, x.dtype))
 
 
-def test_an_update_that_cannot_be_captured_is_trained_as_it_is_written(caplog):
-    recipe = make_recipe(_classify(NeedsTheHost, _noise(22, 6), lr=2e-3))
-    with caplog.at_level(logging.INFO, "droptune.trainer"):
-        fused, found = left_after(recipe, replayed=True)
-    assert fused._model.replays.replayed == 0
-    assert (fused.alone, fused.shares_batches) == (None, None)
-    assert "updates are no longer replayed" in caplog.text
-    _, expected = left_after(recipe, replayed=False)
+@pytest.mark.parametrize(("model", "kind"), [(Scaled, Captured), (FromHost, Tape)])
+def test_updates_with_numbers_of_the_host_are_replayed_in_a_graph_or_without(model, kind):
+    recipe = make_recipe(_classify(model, _noise(22, 6), lr=2e-3))
+    (fused, found), (_, expected) = (left_after(recipe, replayed=each) for each in (True, False))
+    kinds = {type(known.replay) for known in fused._model.replays._known.values()}
+    assert kinds - {type(None)} == {kind}  # None of what was seen too rarely
     for tensors, others in zip(found, expected, strict=True):
         assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
 
@@ -312,14 +302,19 @@ def test_out_of_memory_narrows_the_group_and_loses_nothing(limited):
         assert_same(fused.snapshot(slot), expected[slot])
 
 
-def test_a_graph_for_which_memory_is_too_small_does_not_narrow_the_group(monkeypatch):
+@pytest.mark.parametrize("name", ["Captured", "Tape"])
+def test_replays_for_which_memory_is_too_small_do_not_narrow_the_group(name, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("sim out of memory")
 
-    monkeypatch.setattr(replays, "Captured", full)
-    fused, _ = left_after(recipe_of("cnn"), replayed=True)
+    recipe = recipe_of("cnn")
+    _, expected = left_after(recipe, replayed=True)
+    monkeypatch.setattr(replays, name, full)
+    fused, found = left_after(recipe, replayed=True)
     assert fused._limit == fused.width
-    assert not fused._model.replays._on
+    assert (fused._model.replays.replayed > 0) == (name == "Captured")
+    for tensors, others in zip(found, expected, strict=True):
+        assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
 
 
 def test_a_width_is_measured_within_the_memory_of_the_device(limited):
