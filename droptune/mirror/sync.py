@@ -197,7 +197,8 @@ class Mirror:
     def _read(self) -> list[Record]:
         """All records; those that had ended before are not read again."""
         changed, self._cursor = self._storage.changes(self._row.id, self._cursor)
-        self._records |= {record.training.id: record for record in changed}
+        ended = {id_: record for id_, record in self._records.items() if record.state.finished}
+        self._records = ended | {record.training.id: record for record in changed}
         return list(self._records.values())
 
     def _devices(self) -> dict[str, str]:

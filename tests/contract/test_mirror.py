@@ -11,7 +11,7 @@ from mirrored import Trainings, copy_database, create, differences, serving
 from droptune.errors import DroptuneError, UsageError
 from droptune.mirror import Mirror, Tracking, set_aside
 from droptune.mirror.server import Server
-from droptune.storage import Storage
+from droptune.storage import Budget, Storage
 from droptune.training import Measurement, NewTraining, State, TrainingKind
 
 pytestmark = pytest.mark.databases("sqlite")
@@ -97,6 +97,17 @@ def test_gain_waits_for_the_baselines_and_is_then_there_for_all(store, tracking,
     assert differences(store, name, tracking) == []
     gains = [r.data.metrics["gain"] for r in children(store, tracking, name, "COMPLETE")]
     assert min(gains[:6]) < 0 <= max(gains)
+
+
+def test_gain_waits_for_no_baseline_that_a_lower_budget_took_back(store, tracking, name):
+    row = create(store, name)
+    mirror = Mirror(store, name, tracking)
+    Trainings(store, name).run(4)
+    mirror.sync_once()
+    store.update_study(row.id, budget=Budget(trials=4))
+    mirror.sync_once()
+    assert differences(store, name, tracking) == []
+    assert all("gain" in run.data.metrics for run in children(store, tracking, name, "COMPLETE"))
 
 
 def test_a_new_attempt_replaces_its_run(store, tracking, name):

@@ -97,6 +97,21 @@ def test_a_budget_smaller_than_the_baselines_is_kept_and_may_be_raised(storage, 
     assert [trial.label for trial in trials[4:]] == ["author", "half", "", ""]
 
 
+def test_baselines_that_wait_are_beyond_a_budget_that_is_lowered(storage, tmp_path):
+    """As if it had been created so, but for what has begun."""
+    player = Player(storage)
+    player.train(make(storage, tmp_path, 12), limit=2)
+    study = make(storage, tmp_path, 4)
+    player.play(study)
+    trials = [r.training for r in study.records() if r.training.kind.is_trial]
+    assert [trial.label for trial in trials] == ["none", "author", "half", "none"]
+    study = make(storage, tmp_path, 8)
+    player.play(study)
+    trials = [r.training for r in study.records() if r.training.kind.is_trial]
+    assert [trial.number for trial in trials] == list(range(8))
+    assert [trial.label for trial in trials[4:]] == ["author", "half", "", ""]
+
+
 def test_confirmations_queued_at_the_last_moment_are_trained(storage, tmp_path, monkeypatch):
     study, player = make(storage, tmp_path, 12), Player(storage)
     player.play(study)
