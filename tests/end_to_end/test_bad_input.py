@@ -239,6 +239,19 @@ def test_the_demo_where_nothing_can_be_written(droptune):
     assert "run the demo in a folder of your own" in result.stderr
 
 
+def test_the_demo_with_more_workers_than_gpus_writes_nothing(droptune, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'GPU 0: A100 (UUID: GPU-aaaa)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    result = droptune("demo", "--workers", "2", cwd=folder)
+    refused(result, "--workers 2: a worker owns one device", left=set(), folder=folder)
+
+
 def test_the_wrong_folder_hints_at_the_database(create, droptune, project, tmp_path):
     assert create().returncode == 0
     elsewhere = tmp_path / "elsewhere"
