@@ -300,6 +300,23 @@ def test_a_project_that_this_machine_has_not_is_not_named(droptune, project):
     assert "--project" not in droptune("study", "show", "study", cwd=above).stdout
 
 
+def test_a_mirror_that_cannot_be_is_shown(create, droptune, project):
+    study = STUDY.replace("none", "worker")
+    (project / "study.yaml").write_text(study)
+    assert create().returncode == 0
+    words, elsewhere = ("study", "show", "study"), {"MLFLOW_TRACKING_URI": "sqlite:///own.db"}
+    shown = droptune(*words, cwd=project, **elsewhere).stdout
+    assert "MLflow" not in shown
+    clash = {"MLFLOW_TRACKING_URI": f"sqlite:///{project}/droptune.db"}
+    shown = droptune(*words, cwd=project, **clash).stdout
+    assert "droptune.db is the studies' database and cannot be MLflow's too" in shown
+    (why,) = json.loads(droptune(*words, "--json", cwd=project, **clash).stdout)["mirror"]
+    assert why in shown.splitlines()
+    (project / "study.yaml").write_text(STUDY)  # mirrors nothing
+    assert create().returncode == 0
+    assert "MLflow" not in droptune(*words, cwd=project, **clash).stdout
+
+
 def test_every_json_is_json(create, droptune, project):
     assert create().returncode == 0
     for words in (("study", "list"), ("study", "show", "study"), ("worker", "list")):
