@@ -325,6 +325,31 @@ def test_the_parent_shows_what_it_is_given(store, tracking, name):
     assert note.startswith(f"**{name}: no dropout is as good**\n")
 
 
+def test_what_the_parent_shows_is_drawn_again_where_something_changed(store, tracking, name):
+    row = create(store, name)
+    worker, drawn = Trainings(store, name), []
+
+    def draws():
+        given = Mirror(store, name, tracking, extras=lambda row, records: drawn.append(1) or {})
+        assert given.sync_once(refresh=True).complete
+        given.release()
+        made = len(drawn)
+        drawn.clear()
+        return made
+
+    worker.run(7)
+    assert [draws(), draws(), draws()] == [1, 0, 0]
+    worker.run(1)
+    assert [draws(), draws()] == [1, 0]
+    store.put_verdict(row.id, {"confirmed": True, "sentence": "no dropout is as good"})
+    assert [draws(), draws()] == [1, 0]
+    store.update_study(row.id, phase="done")
+    assert [draws(), draws()] == [1, 0]
+    mirror = Mirror(store, name, tracking, extras=lambda row, records: drawn.append(1) or {})
+    assert mirror.rebuild().complete
+    assert drawn
+
+
 def test_studies_of_one_model_can_share_an_experiment(store, tracking, name):
     shared = {"mlflow": {"experiment": f"shared {name}", "registered_model": "weekly"}}
     for week in ("a", "b"):
