@@ -14,13 +14,12 @@ from droptune.progress import Progress, front
 from droptune.scores import read_metrics
 from droptune.script import script
 from droptune.training import Assignment, Record, State, TrainingKind
-from droptune.verdict.wording import counted, duration
+from droptune.verdict.wording import counted, duration, winner_name
 
 if TYPE_CHECKING:
     from droptune.study import Study
 
 USUAL = ("nll", "accuracy", "ece", "rmse")  # what people compare by, beside the objectives
-FOUND = "dropout found"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def to_json(study: Study) -> dict[str, Any]:
         "baselines": {
             label: record and _record_json(record)
             for label, record in found.items()
-            if label not in ("best", FOUND)
+            if label not in ("best", winner_name(study.records()))
         },
         "merged_baselines": study.space.merged(study.spec.baselines),
         "confirmed": [one.to_json() for one in confirmed(study)],
@@ -84,9 +83,10 @@ def leading(study: Study, progress: Progress) -> dict[str, Record | None]:
     verdict = _of_search(study)
     if verdict is None:
         return {"best": progress.best, **progress.baselines}
-    found: dict[str, Record | None] = {FOUND: None, **dict.fromkeys(progress.baselines)}
+    winner = winner_name(study.records())
+    found: dict[str, Record | None] = {winner: None, **dict.fromkeys(progress.baselines)}
     for label, number in verdict["leading"].items():
-        found[FOUND if label == "winner" else label] = study.trial(number)
+        found[winner if label == "winner" else label] = study.trial(number)
     return found
 
 
@@ -134,11 +134,12 @@ def confirmed(study: Study) -> list[Confirmed]:
     compared = verdict.get("comparisons", [])
     if not compared:
         return []
-    winner = {"against": FOUND, "assignment": verdict["winner"]["assignment"]}
+    records = study.records()
+    winner = {"against": winner_name(records), "assignment": verdict["winner"]["assignment"]}
     winner["seeds"] = sorted({seed for one in compared for seed in one["seeds"]})
-    records = [r for r in study.records() if r.training.kind is TrainingKind.CONFIRMATION]
+    trained = [r for r in records if r.training.kind is TrainingKind.CONFIRMATION]
     tests = read_metrics(study.storage, study.row.id)
-    return [_confirmed(one, records, tests) for one in (winner, *compared)]
+    return [_confirmed(one, trained, tests) for one in (winner, *compared)]
 
 
 def _confirmed(
@@ -308,7 +309,7 @@ def _left_out(study: Study, progress: Progress, confirmed: Sequence[Confirmed]) 
         if not confirmed or label in labels or record is None:
             continue
         if _assignment(record).rates == confirmed[0].assignment.rates:
-            yield f"no row for {label}: its rates are those of the {FOUND}"
+            yield f"no row for {label}: its rates are those of the {confirmed[0].label}"
         else:
             value = f"{study.objectives[0].key} {record.value:.4f}"
             yield f"no row for {label}: it was not confirmed; its best of the search had {value}"

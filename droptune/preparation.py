@@ -195,10 +195,10 @@ def _chance(program: Program) -> float:
     The highest that searched values make it, on a batch drawn from all the training data (sorted
     ones may begin with what is easy).
     """
-    with seeded(0), torch.no_grad():
+    with seeded(0):
         batch, model = program.example_batch(program.batch_size, drawn=True), program.model()
-        losses = [program.loss(model.train(), batch, v) for v in extremes(program.searched)]
-        return max(float(loss) for loss in losses)
+        found = (program.loss(model.train(), batch, v) for v in extremes(program.searched))
+        return max(float(loss.detach()) for loss in found)
 
 
 def _versions() -> dict[str, str]:

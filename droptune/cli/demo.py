@@ -22,7 +22,7 @@ def demo(
     Writes droptune.db, mlflow.db and droptune-demo/ in the working directory; needs no network
     and no GPU.
     """
-    from droptune.cli.running import run_here
+    from droptune.cli.running import check_devices, run_here
     from droptune.cli.sites import show
     from droptune.cli.study import introduce
     from droptune.preparation import prepare
@@ -31,6 +31,7 @@ def demo(
     from droptune.spec.spec import StudySpec
     from droptune.study import Study
 
+    check_devices("auto", workers)
     file = _unpack(Path.cwd() / "droptune-demo")
     root = project_root(file)
     prepared = prepare(StudySpec.load(file), root)

@@ -20,6 +20,7 @@ from droptune.errors import DroptuneError, UsageError
 if TYPE_CHECKING:
     from droptune.mirror import Mirror, SyncResult, Tracking
     from droptune.storage import Storage
+    from droptune.study import Study
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -188,6 +189,18 @@ def _print_links(storage: Storage, name: str | None, base: str) -> None:
         print(f"{what:<12} {address}", flush=True)
     if name is not None and not found:
         print(f"{name} is not mirrored yet: droptune mirror sync {name}", flush=True)
+
+
+def unusable(study: Study, storage: str | None) -> Iterator[str]:
+    """Why no MLflow can be where it is configured to be, in a line."""
+    from droptune.mirror import Tracking
+
+    settings = config(storage)
+    try:
+        if study.spec.mlflow.mirror != "none":
+            Tracking.resolve(settings.tracking, settings.storage)
+    except UsageError as error:
+        yield f"nothing is mirrored from here: {error}"
 
 
 def behind(storage: Storage, name: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ from droptune.cli.trial import because
 from droptune.errors import StorageError, UnknownStudyError
 from droptune.progress import front
 from droptune.training import Record, State
-from droptune.verdict.wording import counted, duration
+from droptune.verdict.wording import counted, duration, winner_name
 
 if TYPE_CHECKING:
     from droptune.progress import Progress
@@ -197,12 +197,13 @@ def _front(study: Study) -> Iterator[str]:
 def _standings(study: Study, progress: Progress) -> Table:
     """What leads the search beside the baselines, one training each."""
     table = Table("of the search", study.objectives[0].key, "lr", "mean rate", box=None)
+    first = ("best", winner_name(study.records()))
     for name, record in answer.leading(study, progress).items():
         if record is None or record.training.assignment is None:
             table.add_row(name, "…", "", "")
             continue
         assignment = record.training.assignment
-        label = f"{name} ({record.training.name})" if name in ("best", answer.FOUND) else name
+        label = f"{name} ({record.training.name})" if name in first else name
         numbers = f"{record.value:.5g}", f"{assignment.lr:.3g}", f"{assignment.mean_rate:.2f}"
         table.add_row(label, *numbers)
     return table

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from droptune.cli.mirror import behind
+from droptune.cli.mirror import behind, unusable
 from droptune.cli.options import (
     JsonOption,
     NameArgument,
@@ -220,7 +220,7 @@ def show(
         from droptune.cli.trial import to_json
 
         trainings = [to_json(record) for record in study.records()]
-        mirror = list(behind(study.storage, name))
+        mirror = [*unusable(study, storage), *behind(study.storage, name)]
         found = {"name": study.name, "phase": study.phase(), "mirror": mirror}
         print_json({**found, "trainings": trainings})
         return
@@ -230,7 +230,7 @@ def show(
         panel.watch(study, lambda: study.phase() in ("done", "stopped"), seconds=1.0)
         return
     display(panel.panel(study, piped=not sys.stdout.isatty()))
-    for line in _news(study):
+    for line in (*_news(study), *unusable(study, storage), *behind(study.storage, name)):
         print(line)
     if study.phase() in ("done", "stopped"):
         then = "best" if study.phase() == "done" else "resume"
@@ -240,7 +240,7 @@ def show(
 
 
 def _news(study: Study) -> Iterator[str]:
-    """Who trains what, and what is wrong with the mirror."""
+    """Who trains what, and what has failed."""
     for worker in study.storage.list_workers():
         mine = [h for h in worker.holds if h.study == study.name]
         if mine:
@@ -252,7 +252,6 @@ def _news(study: Study) -> Iterator[str]:
         last = failed[-1]
         why = f" ({last.reason})" if last.reason else ""
         yield f"{counted(len(failed), 'training')} failed, at last {last.training.name}{why}"
-    yield from behind(study.storage, study.name)
 
 
 @app.command()

@@ -149,7 +149,7 @@ def differences(evidence: Evidence, verdict: Verdict) -> Figure:
     unit = " (points)" if factor == 100.0 else ""
     data = verdict.objective["data"]
     axes.set_xlabel(
-        f"how much better the dropout found is:\n{data} "
+        f"how much better the {evidence.name('winner')} is:\n{data} "
         f"{metric_name(evidence.objective.metric)}{unit}"
     )
     return figure

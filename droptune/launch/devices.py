@@ -7,6 +7,7 @@ entry that names no device ("-1", "NoDevFiles"): an entry is passed on as it is,
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -92,8 +93,11 @@ def parse_nvidia_smi(listing: str) -> tuple[str, ...]:
 def present_gpus() -> tuple[str, ...]:
     """UUIDs of the NVIDIA GPUs that this process may use, whatever CUDA_VISIBLE_DEVICES says."""
     program = shutil.which("nvidia-smi")
-    if program is None:
-        return ()
+    return () if program is None else _listed(program)
+
+
+@functools.cache  # it may take seconds, and a command asks when it checks and when it starts
+def _listed(program: str) -> tuple[str, ...]:
     try:
         result = subprocess.run(
             [program, "-L"], capture_output=True, text=True, timeout=60, check=False

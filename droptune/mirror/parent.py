@@ -99,6 +99,14 @@ class Parent:
         self._remember(registered=self.registered | {alias: uid})
 
     @property
+    def shown(self) -> str | None:
+        """Of what the run was last brought up to date (the syncer's hash)."""
+        return self._state.get("shown")
+
+    def remember_shown(self, seen: str) -> None:
+        self._remember(shown=seen)
+
+    @property
     def uid(self) -> str:
         return f"{self._study.uuid}/parent"
 

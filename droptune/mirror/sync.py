@@ -8,6 +8,8 @@ MLflow has answered.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import socket
 import time
@@ -15,6 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from droptune.errors import ProgramError, SiteError
@@ -167,11 +170,16 @@ class Mirror:
         return written
 
     def _refresh(self, tenure: Tenure, records: Sequence[Record], now: bool) -> None:
-        """The study's own run and its model; seldom where drawing its figures takes long."""
+        """The study's own run and its model; seldom where drawing its figures takes long, and not
+        where it shows all this already."""
         began = time.monotonic()
-        answer = Answer.of(self._storage.get_verdict(self._row.id), done=self._row.phase == "done")
-        artifacts = self._extras(self._row, records)
-        tenure.parent.refresh(MirroredStudy.of(self._row), records, answer, artifacts)
+        verdict = self._storage.get_verdict(self._row.id)
+        answer = Answer.of(verdict, done=self._row.phase == "done")
+        seen = _seen(self._row, records, verdict)
+        if tenure.parent.shown != seen:
+            artifacts = self._extras(self._row, records)
+            tenure.parent.refresh(MirroredStudy.of(self._row), records, answer, artifacts)
+            tenure.parent.remember_shown(seen)
         took = time.monotonic() - began
         self._refresh_at = time.monotonic() + max(_REFRESH_SECONDS, _REFRESH_SHARE * took)
         self._stale = False
@@ -197,7 +205,8 @@ class Mirror:
     def _read(self) -> list[Record]:
         """All records; those that had ended before are not read again."""
         changed, self._cursor = self._storage.changes(self._row.id, self._cursor)
-        self._records |= {record.training.id: record for record in changed}
+        ended = {id_: record for id_, record in self._records.items() if record.state.finished}
+        self._records = ended | {record.training.id: record for record in changed}
         return list(self._records.values())
 
     def _devices(self) -> dict[str, str]:
@@ -225,6 +234,16 @@ class Mirror:
             state = self._storage.mirror_state(self._row.id)
             self._storage.put_mirror_state(self._row.id, {**state, "reason": reason})
             self._told = reason
+
+
+def _seen(row: StudyRow, records: Sequence[Record], verdict: Mapping[str, Any] | None) -> str:
+    """A hash of all that is shown of a study: what an attempt has measured does not change."""
+    trainings = sorted(
+        (r.training.id, r.training.attempt, r.state.value, r.intervals_done) for r in records
+    )
+    study = version("droptune"), row.phase, row.status, row.spec, row.meta
+    content = json.dumps([*study, trainings, verdict], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def models_to_register(

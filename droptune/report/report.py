@@ -278,4 +278,4 @@ def _tiles(evidence: Evidence, verdict: Verdict) -> tuple[Tile, ...]:
         for one in verdict.comparisons
         if one.against in ("none", "author", "half")
     ]
-    return (Tile(level(metric, ours.ours), f"{data} dropout found"), *others)
+    return (Tile(level(metric, ours.ours), f"{data} {evidence.name('winner')}"), *others)

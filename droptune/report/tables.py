@@ -67,7 +67,7 @@ def rates(evidence: Evidence, verdict: Verdict) -> Table | None:
         return None
     other = recommended.assignment != verdict.winner.assignment
     use = "rate to use" if verdict.confirmed else "best so far"
-    found = ("dropout found", "as good as that") if other else ("as good",)
+    found = (evidence.name("winner"), "as good as that") if other else ("as good",)
     head = ("site", use, *found, "author's")
     rows = [
         (
@@ -103,7 +103,7 @@ def comparisons(evidence: Evidence, found: Sequence[Comparison]) -> Table:
     metric = evidence.objective.metric
     unit = UNITS.get(metric, "").strip()
     head = (
-        "dropout found against",
+        f"{evidence.name('winner')} against",
         metric_name(metric),
         "theirs",
         f"changes by{f' ({unit})' if unit else ''}",

@@ -171,8 +171,7 @@ def run_model(model: Callable[..., Any], batch: Any) -> Any:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None]:
-    """Runs the model in this mode without gradients, then puts modes, buffers and torch's
-    generators back."""
+    """Runs the model in this mode, then puts modes, buffers and torch's generators back."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -181,7 +180,8 @@ def _untouched(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None
         if buffer is not None
     ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices, key=str)), torch.no_grad():
+    # With gradients, as it is trained: a loss may take some itself (a penalty on them).
+    with torch.random.fork_rng(sorted(devices, key=str)), torch.enable_grad():
         torch.manual_seed(seed)
         model.train(training)
         try:
@@ -190,8 +190,15 @@ def _untouched(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None
             for module, mode in modes:
                 module.training = mode
             for module, name, buffer, before in buffers:
-                buffer.copy_(before)
+                _put_back(buffer, before)
                 module._buffers[name] = buffer
+
+
+def _put_back(buffer: Tensor, before: Tensor) -> None:
+    if buffer.grad_fn is not None:  # the model wrote into it what it has computed
+        buffer.detach_()
+    with torch.no_grad():
+        buffer.copy_(before)
 
 
 @contextlib.contextmanager

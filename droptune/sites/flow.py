@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from droptune.sites.masks import unwrapped
+
 Key = tuple[str, str]  # of a site: the path of its owner, and which call there
 
 _NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
@@ -57,10 +59,10 @@ class Flow:
 
     def is_attention(self, x: Tensor) -> bool:
         """Whether `x` are weights [batch, ..., queries, keys], just out of a softmax."""
-        return x.dim() > 2 and x.data_ptr() in self._softmax
+        return x.dim() > 2 and unwrapped(x).data_ptr() in self._softmax
 
     def _are_weights(self, operands: list[Tensor]) -> bool:
-        return any(tensor.data_ptr() in self._softmax for tensor in operands)
+        return any(unwrapped(tensor).data_ptr() in self._softmax for tensor in operands)
 
     def leaves(self, site: Key, y: Tensor) -> None:
         """`y` is what a site made."""
@@ -82,7 +84,7 @@ class Flow:
             if not (drawn and known):  # inner calls have said more already
                 self._reach[id(tensor)] = {**reach, **inside, **known}
             if name == "softmax" or (name in _CASTS and self._are_weights(operands)):
-                self._softmax.add(tensor.data_ptr())
+                self._softmax.add(unwrapped(tensor).data_ptr())
 
     def _mark(self, tensor: Tensor, role: str) -> None:
         self._alive.append(tensor)

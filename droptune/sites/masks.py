@@ -147,7 +147,8 @@ class Noise(NamedTuple):
     def _shaped(self, flat: Tensor, shape: Shape) -> Tensor:
         if self.level is None:
             return flat.view(shape)
-        return functorch._add_batch_dim(flat.view(-1, *shape), 0, self.level)
+        # A transform inside of vmap (torch.func.grad) wraps what is computed under it.
+        return functorch._add_batch_dim(unwrapped(flat.view(-1, *shape)), 0, self.level)
 
 
 def _draw(indices: Tensor, first: Tensor, second: Tensor, threshold: Tensor) -> Tensor:
@@ -214,6 +215,13 @@ def slots_first(batched: Tensor) -> Tensor:
     """A tensor that the innermost vmap batches, without it: [slots, ...]."""
     plain, dimension = functorch.get_unwrapped(batched), functorch.maybe_get_bdim(batched)
     return plain.movedim(dimension, 0) if dimension else plain
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """A tensor without the transforms around it."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def noises(rates: Tensor, keys: Tensor) -> list[Noise]:

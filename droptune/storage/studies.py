@@ -132,6 +132,7 @@ class Studies:
     ) -> bool:
         """Change what is given, in one transaction; False when the study is not in `if_phase`.
 
+        Trials that wait beyond a new `budget` are taken back; what has begun is trained to its end.
         `if_phase` lets one of many workers move the study on: the others get False.
         """
         assert status in (None, *STATUSES), status
@@ -155,6 +156,8 @@ class Studies:
             if changed:
                 chosen = schema.studies.c.id == study_id
                 connection.execute(schema.studies.update().where(chosen).values(changed))
+            if budget is not None:
+                _take_back(connection, row, budget)
             return True
 
         return self.database.write(work)
@@ -241,6 +244,38 @@ def insert_study(
     row = _find(connection, name)
     assert row is not None
     return row
+
+
+def _take_back(connection: sa.Connection, study: sa.Row[Any], budget: Budget) -> None:
+    """Delete the queued trials that a budget has no place for, the last ones first.
+
+    Only what is behind all that has begun, so that numbers stay contiguous. `study` is locked.
+    """
+    t, s = schema.trainings.c, schema.studies.c
+    begun = sa.select(sa.func.coalesce(sa.func.max(t.number), -1)).where(
+        t.study_id == study.id, t.started_at.is_not(None)
+    )
+    last = connection.execute(begun).scalar_one()
+    waiting = sa.select(t.id, t.trial_id, t.intervals).where(
+        t.study_id == study.id, t.number > last
+    )
+    count, taken = study.next_number, study.intervals_taken
+    gone: dict[int, int] = {}  # training: Optuna's trial
+    for row in connection.execute(waiting.order_by(t.number.desc()).with_for_update()):
+        if count <= _most(budget.trials) and taken <= _most(budget.intervals):
+            break
+        count, taken = count - 1, taken - row.intervals
+        gone[row.id] = row.trial_id
+    if not gone:
+        return
+    trials.delete_trials(connection, list(gone.values()))
+    connection.execute(schema.trainings.delete().where(t.id.in_(list(gone))))
+    counted = {"next_number": count, "intervals_taken": taken}
+    connection.execute(schema.studies.update().where(s.id == study.id).values(counted))
+
+
+def _most(limit: int | None) -> float:
+    return math.inf if limit is None else limit
 
 
 def lock_study(

@@ -254,6 +254,12 @@ def forget_intermediates(connection: sa.Connection, trial_id: int) -> None:
     connection.execute(intermediate_values.delete().where(chosen))
 
 
+def delete_trials(connection: sa.Connection, trial_ids: Sequence[int]) -> None:
+    """Remove trials (by their Optuna id) and all that Optuna has of them."""
+    for table in (*OF_TRIALS, trials):
+        connection.execute(table.delete().where(table.c.trial_id.in_(trial_ids)))
+
+
 def delete_study(connection: sa.Connection, study_id: int) -> None:
     """Remove a study and all that Optuna has of it."""
     of_study = sa.select(trials.c.trial_id).where(trials.c.study_id == study_id)

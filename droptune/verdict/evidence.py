@@ -16,13 +16,13 @@ from droptune.spec.spec import StudySpec
 from droptune.training import Assignment, Record, State, TrainingKind
 from droptune.verdict.reliability import Scaled, scale
 from droptune.verdict.statistics import Array
+from droptune.verdict.wording import winner_name
 
 # Of single test examples: "nll" [N], "correct" [N], …; of a sample of them, where classification:
 # "logits" [n, C] and "targets" [n].
 Scores = Mapping[str, Array]
 BASELINES = ("none", "author", "half")
 NAMES = {
-    "winner": "dropout found",
     "none": "no dropout",
     "author": "author's rates",
     "half": "0.5 everywhere",
@@ -101,7 +101,7 @@ class Evidence:
         kinds = {site.kind for site in self.sites if site.path in self.searched}
         if label == "half" and not kinds <= set(HALVED):
             return "0.5 at every element and channel site"  # the others have the author's rates
-        return NAMES.get(label, label)
+        return winner_name(self.records) if label == "winner" else NAMES.get(label, label)
 
     def has_dropout(self, assignment: Assignment) -> bool:
         """Whether any searched site has dropout; sites at a fixed rate do not count."""

@@ -15,6 +15,7 @@ from droptune.verdict.wording import (
     better_word,
     change,
     difference,
+    how_found,
     interval,
     learning_rate,
     level,
@@ -33,7 +34,8 @@ def headline(evidence: Evidence, outcome: str, found: Found) -> str:
     if outcome == "better":
         return f"Dropout helps: {_by(evidence, first)} than without dropout{_fairly(first)}."
     if outcome == "worse":
-        return f"Dropout hurts: even the best found has {_by(evidence, first)}{_than_none(first)}."
+        best = f"the best {how_found(evidence.records)}"
+        return f"Dropout hurts: even {best} has {_by(evidence, first)}{_than_none(first)}."
     if outcome == "learning_rate":
         return _learning_rates(evidence, first, found[AT_WINNERS_LR])
     return (
@@ -148,8 +150,8 @@ def baseline_sentence(evidence: Evidence, one: Comparison) -> str:
     if one.outcome == "worse":
         return f"Worse than {whom}: {_by(evidence, one)}."
     return (
-        f"The dropout found is not told apart from {whom}: it {_effect(evidence, one)}; "
-        f"{_detectable(evidence, one.difference)}."
+        f"The {evidence.name('winner')} is not told apart from {whom}: it "
+        f"{_effect(evidence, one)}; {_detectable(evidence, one.difference)}."
     )
 
 
@@ -192,12 +194,12 @@ def provisional_reason(evidence: Evidence, choice: str, ahead: float, chance: fl
     )
 
 
-def none_reason(one: Comparison, *, beaten: bool) -> str:
+def none_reason(evidence: Evidence, one: Comparison, *, beaten: bool) -> str:
     """Why no dropout, and this learning rate; `beaten`: author's rates or 0.5 beat the winner."""
     whose = "its own best" if one.against == "none" else "the winner's"
     none = f"no dropout, at {whose} learning rate,"
     if beaten:
-        return f"{none} leads the dropout that was found, by more than any other baseline does"
+        return f"{none} leads {_winner(evidence)}, by more than any other baseline does"
     if one.outcome == "worse":
         return f"{none} is better"
     return f"{none} does as well, and costs nothing"
@@ -206,14 +208,16 @@ def none_reason(one: Comparison, *, beaten: bool) -> str:
 def recommendation_reason(evidence: Evidence, choice: str, outcome: str) -> str:
     """Why dropout, and these rates."""
     if choice == "author":
-        return (
-            "the author's rates beat the dropout that was found; they are not tested against none"
-        )
+        return f"the author's rates beat {_winner(evidence)}; they are not tested against none"
     if choice == "half":
         half = evidence.name("half")
-        return f"{half} beats the dropout that was found; it is not tested against none"
+        return f"{half} beats {_winner(evidence)}; it is not tested against none"
     if outcome == "undetected":
         return "the best guess: it leads, but the lead is not proven"
     if outcome == "none":
-        return "the best dropout found; no dropout failed on fresh seeds"
+        return f"the best dropout {how_found(evidence.records)}; no dropout failed on fresh seeds"
     return "the smallest rates within one standard error of the best, confirmed on fresh seeds"
+
+
+def _winner(evidence: Evidence) -> str:
+    return f"the dropout that was {how_found(evidence.records)}"

@@ -247,7 +247,7 @@ def _recommend(
         choice, member = "winner", winner
     else:
         none = _better_none(found)
-        reason = none_reason(none, beaten=ahead is not None)
+        reason = none_reason(evidence, none, beaten=ahead is not None)
         return Recommendation("none", none.assignment, members[none.against].trial, reason)
     reason = recommendation_reason(evidence, choice, outcome)
     return Recommendation(choice, member.assignment, member.trial, reason)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from droptune.spec.objective import Objective
+from droptune.training import Record, TrainingKind
 
 FINEST = 1e-6  # what six decimals, the most that are written, can show
 PERCENT = ("accuracy", "error", "precision", "recall", "f1", "ece")
@@ -20,6 +22,17 @@ NAMES = {
     "seconds": "time per interval",
 }
 UNITS = {"nll": " nats", "seconds": " s", **dict.fromkeys(PERCENT, " points")}
+
+
+def how_found(records: Iterable[Record]) -> str:
+    """How the winner came about: `found`, or `tried` where baselines were all there was."""
+    searched = any(record.training.kind is TrainingKind.SEARCH for record in records)
+    return "found" if searched else "tried"
+
+
+def winner_name(records: Iterable[Record]) -> str:
+    """What the winner is called: `dropout found`, or `best dropout tried`."""
+    return {"found": "dropout found", "tried": "best dropout tried"}[how_found(records)]
 
 
 def metric_name(metric: str) -> str:

@@ -11,7 +11,7 @@ from mirrored import Trainings, copy_database, create, differences, serving
 from droptune.errors import DroptuneError, UsageError
 from droptune.mirror import Mirror, Tracking, set_aside
 from droptune.mirror.server import Server
-from droptune.storage import Storage
+from droptune.storage import Budget, Storage
 from droptune.training import Measurement, NewTraining, State, TrainingKind
 
 pytestmark = pytest.mark.databases("sqlite")
@@ -97,6 +97,17 @@ def test_gain_waits_for_the_baselines_and_is_then_there_for_all(store, tracking,
     assert differences(store, name, tracking) == []
     gains = [r.data.metrics["gain"] for r in children(store, tracking, name, "COMPLETE")]
     assert min(gains[:6]) < 0 <= max(gains)
+
+
+def test_gain_waits_for_no_baseline_that_a_lower_budget_took_back(store, tracking, name):
+    row = create(store, name)
+    mirror = Mirror(store, name, tracking)
+    Trainings(store, name).run(4)
+    mirror.sync_once()
+    store.update_study(row.id, budget=Budget(trials=4))
+    mirror.sync_once()
+    assert differences(store, name, tracking) == []
+    assert all("gain" in run.data.metrics for run in children(store, tracking, name, "COMPLETE"))
 
 
 def test_a_new_attempt_replaces_its_run(store, tracking, name):
@@ -312,6 +323,31 @@ def test_the_parent_shows_what_it_is_given(store, tracking, name):
     mirror.sync_once(refresh=True)
     note = client.get_run(state["run_id"]).data.tags["mlflow.note.content"]
     assert note.startswith(f"**{name}: no dropout is as good**\n")
+
+
+def test_what_the_parent_shows_is_drawn_again_where_something_changed(store, tracking, name):
+    row = create(store, name)
+    worker, drawn = Trainings(store, name), []
+
+    def draws():
+        given = Mirror(store, name, tracking, extras=lambda row, records: drawn.append(1) or {})
+        assert given.sync_once(refresh=True).complete
+        given.release()
+        made = len(drawn)
+        drawn.clear()
+        return made
+
+    worker.run(7)
+    assert [draws(), draws(), draws()] == [1, 0, 0]
+    worker.run(1)
+    assert [draws(), draws()] == [1, 0]
+    store.put_verdict(row.id, {"confirmed": True, "sentence": "no dropout is as good"})
+    assert [draws(), draws()] == [1, 0]
+    store.update_study(row.id, phase="done")
+    assert [draws(), draws()] == [1, 0]
+    mirror = Mirror(store, name, tracking, extras=lambda row, records: drawn.append(1) or {})
+    assert mirror.rebuild().complete
+    assert drawn
 
 
 def test_studies_of_one_model_can_share_an_experiment(store, tracking, name):

@@ -493,6 +493,27 @@ def test_raising_the_budget_continues_a_study(storage):
     assert numbers(storage.claim(study.id, 1, 9)) == [1, 2]
 
 
+@pytest.mark.parametrize("budget", [Budget(trials=1), Budget(intervals=9)])
+def test_lowering_the_budget_takes_back_what_has_not_begun(storage, url, budget):
+    small = create(storage, "small", queue=baselines("none", "half"))
+    storage.claim(small.id, 1, 2)
+    expected = row_counts(url)
+    storage.delete_study("small")
+    study = create(storage, queue=[*baselines("none", "half", "author"), *confirmations(0)])
+    begun = claimed(storage, study, 2)
+    storage.release(begun)
+    storage.update_study(study.id, budget=budget)
+    storage.update_study(study.id, budget=budget)  # nothing is left to be taken back
+    waiting = storage.claim(study.id, 1, 9)
+    assert [(t.label, t.number) for t in waiting[:2]] == [("none", 0), ("half", 1)]
+    assert [t.number for t in waiting[2:]] == [None]
+    assert row_counts(url)["trials"] == expected["trials"]
+    assert row_counts(url)["trial_user_attributes"] == expected["trial_user_attributes"]
+    storage.update_study(study.id, budget=Budget(trials=4))
+    storage.enqueue(study.id, baselines("author"))
+    assert numbers(storage.claim(study.id, 1, 9)) == [2, 3]
+
+
 def test_without_a_budget_there_is_no_end(storage):
     study = create(storage)
     assert storage.progress(study.id).tickets is None

@@ -239,6 +239,19 @@ def test_the_demo_where_nothing_can_be_written(droptune):
     assert "run the demo in a folder of your own" in result.stderr
 
 
+def test_the_demo_with_more_workers_than_gpus_writes_nothing(droptune, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'GPU 0: A100 (UUID: GPU-aaaa)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    result = droptune("demo", "--workers", "2", cwd=folder)
+    refused(result, "--workers 2: a worker owns one device", left=set(), folder=folder)
+
+
 def test_the_wrong_folder_hints_at_the_database(create, droptune, project, tmp_path):
     assert create().returncode == 0
     elsewhere = tmp_path / "elsewhere"
@@ -285,6 +298,23 @@ def test_a_project_that_this_machine_has_not_is_not_named(droptune, project):
     droptune("study", "create", "a project/study.yaml", cwd=above)
     project.rename(above / "elsewhere")
     assert "--project" not in droptune("study", "show", "study", cwd=above).stdout
+
+
+def test_a_mirror_that_cannot_be_is_shown(create, droptune, project):
+    study = STUDY.replace("none", "worker")
+    (project / "study.yaml").write_text(study)
+    assert create().returncode == 0
+    words, elsewhere = ("study", "show", "study"), {"MLFLOW_TRACKING_URI": "sqlite:///own.db"}
+    shown = droptune(*words, cwd=project, **elsewhere).stdout
+    assert "MLflow" not in shown
+    clash = {"MLFLOW_TRACKING_URI": f"sqlite:///{project}/droptune.db"}
+    shown = droptune(*words, cwd=project, **clash).stdout
+    assert "droptune.db is the studies' database and cannot be MLflow's too" in shown
+    (why,) = json.loads(droptune(*words, "--json", cwd=project, **clash).stdout)["mirror"]
+    assert why in shown.splitlines()
+    (project / "study.yaml").write_text(STUDY)  # mirrors nothing
+    assert create().returncode == 0
+    assert "MLflow" not in droptune(*words, cwd=project, **clash).stdout
 
 
 def test_every_json_is_json(create, droptune, project):

@@ -193,6 +193,15 @@ def test_more_workers_than_gpus_are_refused(tmp_path, gpus):
         launch(tmp_path, "0", device="auto", workers=4)
 
 
+def test_nvidia_smi_is_asked_once(tmp_path, gpus):
+    program, asked = tmp_path / "bin" / "nvidia-smi", tmp_path / "asked"
+    program.write_text(program.read_text().replace("cat", f"echo >> '{asked}'; cat", 1))
+    LocalLauncher().check(order(tmp_path))
+    launch(tmp_path, "0", device="auto")
+    assert len(starts(tmp_path / "fake")) == 3
+    assert len(asked.read_text().splitlines()) == 1
+
+
 def test_inside_another_engines_job_its_name_and_its_log_are_kept(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("DROPTUNE_JOB", "ray droptune-digits-0")
     given, jobs = launch(tmp_path, "interval:0")

@@ -1,6 +1,8 @@
 """A study moves through its phases to its end, whatever is asked of it on the way."""
 
+import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from crew import PROGRAM, make_study, train_here
 
 from droptune import answer
 from droptune.errors import SpecError, StorageError, UsageError
+from droptune.report.report import FORMATS, render
 from droptune.storage import Ending, Storage
 from droptune.study import Study
 from droptune.training import Measurement, State, TrainingKind
@@ -90,6 +93,34 @@ def test_a_budget_smaller_than_the_baselines_is_kept_and_may_be_raised(storage, 
     trials = [r.training for r in study.records() if r.training.kind.is_trial]
     assert [trial.label for trial in trials] == ["none", "author", "half", "none"]
     assert [trial.assignment.lr for trial in trials[:3]] == [1e-2] * 3
+    study = make(storage, tmp_path, 8)
+    player.play(study)
+    trials = [r.training for r in study.records() if r.training.kind.is_trial]
+    assert [trial.number for trial in trials] == list(range(8))
+    assert [trial.label for trial in trials[4:]] == ["author", "half", "", ""]
+
+
+def test_what_was_only_tried_is_not_called_found(storage, tmp_path):
+    study = make(storage, tmp_path, 6)  # its baselines, and nothing to search
+    Player(storage).play(study)
+    assert study.verdict()["confirmed"]
+    said = [answer.text(study), json.dumps(answer.to_json(study)), answer.code(study)]
+    said += [render(study.evidence(), study.judge(), format) for format in FORMATS]
+    assert not re.findall("dropout found|best found|was found", " ".join(said))
+    assert all("best dropout tried" in text for text in (said[0], said[1], *said[3:6]))
+    study = make(storage, tmp_path, 9)
+    Player(storage).play(study)
+    assert "dropout found" in answer.text(study)
+
+
+def test_baselines_that_wait_are_beyond_a_budget_that_is_lowered(storage, tmp_path):
+    """As if it had been created so, but for what has begun."""
+    player = Player(storage)
+    player.train(make(storage, tmp_path, 12), limit=2)
+    study = make(storage, tmp_path, 4)
+    player.play(study)
+    trials = [r.training for r in study.records() if r.training.kind.is_trial]
+    assert [trial.label for trial in trials] == ["none", "author", "half", "none"]
     study = make(storage, tmp_path, 8)
     player.play(study)
     trials = [r.training for r in study.records() if r.training.kind.is_trial]

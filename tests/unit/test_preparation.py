@@ -104,3 +104,25 @@ def test_a_gap_needs_a_metric_of_which_it_is_known_what_is_better(tmp_path, metr
     prepared = prepare(spec, tmp_path)
     recipe = Recipe(prepared.program, prepared.sites, prepared.spec.objectives[0])
     assert recipe.gap == gap
+
+
+@pytest.mark.parametrize(
+    ("gradient", "trainer"),
+    [
+        ("torch.autograd.grad(summed(x.requires_grad_()), x, create_graph=True)[0]", "solo"),
+        ("torch.func.grad(summed)(x)", "fused"),
+    ],
+)
+def test_a_loss_with_a_penalty_on_gradients_trains(tmp_path, gradient, trainer):
+    lines = f"""        x = batch[0].clone()
+        def summed(x):
+            return model(x).square().sum()
+        return {gradient}.square().mean() + ("""
+    text = OWN.replace("        return (model(batch[0])", f"{lines}model(batch[0])", 1)
+    (tmp_path / "own.py").write_text(text.replace("{METRICS}", '{"loss": predictions.mean()}'))
+    spec = StudySpec.parse({"name": "own", "program": "own.py", "objective": {"metric": "loss"}})
+    prepared = prepare(spec, tmp_path)
+    assert [site.path for site in prepared.sites] == ["0"]
+    assert prepared.meta["trainer"] == trainer, prepared.describe()
+    if trainer == "solo":
+        assert "requires_grad_() " in prepared.describe()

@@ -412,6 +412,40 @@ def test_dropout_that_evaluation_does_not_turn_off():
     assert "drops in evaluation mode too" in found.warnings[0]
 
 
+def _by_autograd(run, x):
+    x = x.detach().requires_grad_()
+    y = run(x)
+    return torch.autograd.grad(y.sum(), x, create_graph=True)[0], y
+
+
+def _by_transform(run, x):
+    def summed(x):
+        y = run(x)
+        return y.sum(), y
+
+    return torch.func.grad(summed, has_aux=True)(x)
+
+
+@pytest.mark.parametrize("gradient", [_by_autograd, _by_transform])
+def test_a_forward_that_takes_gradients_shows_its_sites(gradient):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            weights = F.dropout((x @ x.mT).softmax(-1), 0.1, self.training)
+            return F.dropout(self.layer(weights @ x), 0.2, self.training)
+
+    def penalised(model, x):
+        given, y = gradient(model, x)
+        return y.mean() + given.square().sum()
+
+    found = find_sites(Attending(), torch.randn(2, 3, 4), forward=penalised)
+    assert brief(found) == [("attention", "attention", 0.1), ("dropout", "element", 0.2)]
+    assert [site.feeds for site in found] == ["matmul", None]
+
+
 # What a site acts on and feeds
 
 
@@ -463,6 +497,23 @@ def test_the_dry_step_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in model.parameters())
     assert model[2].p == 0.5
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_buffer_that_the_dry_step_writes_into_hangs_on_no_graph():
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.register_buffer("last", torch.zeros(3))
+
+        def forward(self, x):
+            self.last.detach_()
+            return self.last.copy_(self.layer(F.dropout(x, 0.1)).mean(0))
+
+    model = Remembering()
+    find_sites(model, torch.randn(4, 3))
+    assert torch.equal(model.last, torch.zeros(3))
+    assert not model.last.requires_grad
 
 
 def test_a_model_that_does_not_run_is_told_in_one_line():
@@ -801,6 +852,18 @@ def test_every_kind_trains_fused():
     assert_fused_is_solo(model, sites, lambda run: run(x).square().mean())
 
 
+def test_every_kind_trains_fused_inside_of_a_transform():
+    model, x = Everything().double(), double(3, 3, 6, 6)
+    model.norm = nn.Identity()  # torch refuses running statistics there
+    sites = find_sites(model, x).sites
+
+    def penalised(run):
+        gradient, y = _by_transform(run, x)
+        return y.square().mean() + gradient.square().mean()
+
+    assert_fused_is_solo(model, sites, penalised)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -884,9 +947,9 @@ def test_recomputed_activations_see_the_same_masks(reentrant, inside):
 def test_checkpointing_is_left_as_it_was():
     import torch.utils.checkpoint as torch_checkpoint
 
-    before = dict(vars(torch_checkpoint))
     model = Checkpointed(True)
     installed = install(model, find_sites(model, torch.randn(2, 6)).sites)
+    before = dict(vars(torch_checkpoint))
     with installed.active(torch.zeros(2), keys_of(2)):
         model(torch.randn(2, 6))
     assert vars(torch_checkpoint) == before
