@@ -316,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=list(CASES), help="(may be repeated)")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--widths", default="1,2,4,8,16,32,64")
+    parser.add_argument("--widths", default="1,4,16,64,256" if cuda else "1,2,4,8,16,32,64")
     parser.add_argument("--processes", default="2,4,8" if cuda else str(os.cpu_count()))
     parser.add_argument("--threads", type=int, default=1, help="of each process on the CPU")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")

@@ -270,7 +270,8 @@ void run(const c10::OperatorHandle& op, Stack* stack) {
 
 // What a graph keeps of an argument: of memory that is not its own, only the place.
 Tensor kept(const Tensor& t, Capture& graph) {
-  if (!t.defined() || t.device().type() != KEY) return t;
+  if (!t.defined()) return t;
+  if (t.device().type() != KEY) return t.detach().clone();  // a number, as it is now
   if (graph.own.count(bytes(t))) return t.detach();
   if (t.storage().nbytes() != 0) graph.used.push_back(t.storage().getWeakStorageImpl());
   return borrowed(t.detach(), KEY);
@@ -283,7 +284,7 @@ void capture(const c10::OperatorHandle& op, Stack* stack, Capture& graph) {
     arguments.push_back(mapped(*it, [&](const Tensor& t) { return kept(t, graph); }));
   std::vector<std::pair<Tensor, std::vector<char>>> before;  // nothing is computed in a capture
   for (const Tensor& t : tensors(arguments)) {
-    if (t.device().type() != KEY) continue;  // a number (`run` refuses others): as it is now
+    if (t.device().type() != KEY) continue;  // a number: `run` refuses others
     auto* from = static_cast<char*>(bytes(t));
     before.emplace_back(t, std::vector<char>(from, from + t.storage().nbytes()));
   }
