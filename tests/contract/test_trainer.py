@@ -929,6 +929,72 @@ def test_weights_that_some_updates_leave_alone_are_left_alone(large):
         assert_same(again.snapshot(index), alone(recipe, each, 2)[0])
 
 
+class _SeldomCounting(nn.Module):
+    """Counts the batches in which an input is large, as in the first ones or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES))
+        self.register_buffer("seen", torch.tensor(1.0))
+        self.in_place = in_place
+
+    def forward(self, x):
+        if self.training and (x > 5).any():
+            if self.in_place:
+                self.seen += 1
+            else:
+                self.seen = self.seen + 1
+        return self.net(x) * self.seen
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_buffer_that_only_some_updates_change_is_each_slots_own(in_place):
+    x = _noise(22, 6)
+    x[17, 0] = 6.0
+    model = functools.partial(_SeldomCounting, in_place)
+    recipe = make_recipe(_classify(model, x, validation=(x[:5], _labels(5))))
+    assert fusible(recipe).ok
+    first, second, late = (training(recipe, k, data=5) for k in range(3))
+    fused = Fused(recipe, 2)
+    assert set(fused._stack.parts.shared) == {"seen"}  # so it seems
+    fused.fill(0, first)
+    fused.fill(1, second)
+    fused.train_interval()
+    middle = fused.snapshot(1)
+    fused.fill(0, late)
+    fused.train_interval()
+    assert fused.alone is None
+    again = Fused(recipe, 2)  # another worker goes on with one
+    again.fill(1, second, middle)
+    again.train_interval()
+    for trainer in (fused, again):
+        assert_same(trainer.snapshot(1), alone(recipe, second, 2)[0])
+    assert_same(fused.snapshot(0), alone(recipe, late, 1)[0])
+
+
+class _Warming(nn.Module):
+    """A buffer that moves after some updates, written to in all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES))
+        self.register_buffer("updates", torch.tensor(0))
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x):
+        if self.training:
+            self.updates += 1
+            self.scale.mul_(torch.where(self.updates > 4, 0.9, 1.0))
+        return self.net(x) * self.scale
+
+
+def test_a_buffer_that_is_written_to_is_each_slots_own_whatever_the_numbers():
+    recipe = make_recipe(_classify(_Warming, _noise(22, 6)))
+    found = fusible(recipe)
+    assert found.ok, found.reason
+    assert_fused_is_solo(recipe, [training(recipe, k) for k in range(2)], intervals=3)
+
+
 def test_a_training_that_fails_changes_nothing_for_the_others():
     class Probability(nn.Module):
         def __init__(self):
