@@ -147,7 +147,9 @@ def distance(first: Left, second: Left) -> float:
         return math.inf
     apart = 0.0
     for key, a in first.items():
-        a, b = a.double(), second[key].double()
+        b = second[key]
+        if not a.is_complex():
+            a, b = a.double(), b.double()
         if a.numel():
             scale = 1.0 + float(a.abs().max())
             same = (a == b) | (a.isnan() & b.isnan())

@@ -107,7 +107,16 @@ class Recipe:
         """A new model on the device; its weights depend on `seed` alone, not on the device."""
         with seeded(seed):
             model = self.program.model()
-        return model.to(device=self.device, dtype=self.dtype)
+        if not any(tensor.is_complex() for tensor in tensors_of(model).values()):
+            return model.to(device=self.device, dtype=self.dtype)
+        model.to(device=self.device)._apply(self._in_precision)  # type: ignore[no-untyped-call]
+        return model
+
+    def _in_precision(self, tensor: Tensor) -> Tensor:
+        """Complex numbers as such, where `Module.to` would take their real parts."""
+        if tensor.is_complex():
+            return tensor.to(self.dtype.to_complex())
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def install(self, model: nn.Module) -> Installed:
         """Make the study's sites tunable in one model."""

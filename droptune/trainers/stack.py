@@ -48,6 +48,9 @@ def take_apart(recipe: Recipe, model: nn.Module, installed: Installed) -> Parts:
     before = {name: tensor.detach().clone() for name, tensor in own.items()}
     versions = {name: tensor._version for name, tensor in own.items()}
     trained, names = _train_once(recipe, model, installed), names_of(model)
+    for name in trained:
+        if own[name].is_complex():
+            raise ProgramError(f"{name} is complex: trainings side by side hold real numbers")
     layout = Layout.of(optimizer, {k: n for k, n in names.items() if n in trained})
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     idle = {names[id(weight)] for weight in weights if weight.requires_grad} - trained

@@ -995,6 +995,35 @@ def test_a_buffer_that_is_written_to_is_each_slots_own_whatever_the_numbers():
     assert_fused_is_solo(recipe, [training(recipe, k) for k in range(2)], intervals=3)
 
 
+class _Spectral(nn.Module):
+    """Complex weights that its loss would take for real ones without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(4, dtype=torch.cfloat))
+        self.register_buffer("turn", torch.tensor(1j))
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.drop(torch.fft.irfft(torch.fft.rfft(x) * self.filter * self.turn, 6)))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_complex_weights_stay_complex_and_train_solo(precision):
+    recipe = make_recipe(_classify(_Spectral, _noise(22, 6)), precision=precision)
+    assert fusible(recipe).reason.startswith("filter is complex")
+    assert what_is_lost(recipe) == []
+    begun, drawn = recipe.fresh_model(3), recipe.program.model
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = drawn().filter
+    assert begun.filter.dtype == recipe.dtype.to_complex()
+    assert torch.equal(begun.filter.to(torch.cfloat), expected)
+    left, outcomes = alone(recipe, training(recipe, 0), 2)
+    assert outcomes[-1].failure is None
+    assert (left.tensors["model/filter"].imag != 0).all()
+
+
 def test_a_training_that_fails_changes_nothing_for_the_others():
     class Probability(nn.Module):
         def __init__(self):
