@@ -171,8 +171,8 @@ def run_model(model: Callable[..., Any], batch: Any) -> Any:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None]:
-    """Runs the model in this mode without gradients, then puts modes, buffers and torch's
-    generators back."""
+    """Runs the model in this mode, with gradients as in training (a loss may take some itself),
+    then puts modes, buffers and torch's generators back."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -181,16 +181,18 @@ def _untouched(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None
         if buffer is not None
     ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices, key=str)), torch.no_grad():
+    with torch.random.fork_rng(sorted(devices, key=str)):
         torch.manual_seed(seed)
         model.train(training)
         try:
-            yield
+            with torch.enable_grad():
+                yield
         finally:
             for module, mode in modes:
                 module.training = mode
             for module, name, buffer, before in buffers:
-                buffer.copy_(before)
+                with torch.no_grad():
+                    buffer.copy_(before)
                 module._buffers[name] = buffer
 
 

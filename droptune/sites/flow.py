@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
 Key = tuple[str, str]  # of a site: the path of its owner, and which call there
@@ -57,10 +58,10 @@ class Flow:
 
     def is_attention(self, x: Tensor) -> bool:
         """Whether `x` are weights [batch, ..., queries, keys], just out of a softmax."""
-        return x.dim() > 2 and x.data_ptr() in self._softmax
+        return x.dim() > 2 and _address(x) in self._softmax
 
     def _are_weights(self, operands: list[Tensor]) -> bool:
-        return any(tensor.data_ptr() in self._softmax for tensor in operands)
+        return any(_address(tensor) in self._softmax for tensor in operands)
 
     def leaves(self, site: Key, y: Tensor) -> None:
         """`y` is what a site made."""
@@ -82,7 +83,7 @@ class Flow:
             if not (drawn and known):  # inner calls have said more already
                 self._reach[id(tensor)] = {**reach, **inside, **known}
             if name == "softmax" or (name in _CASTS and self._are_weights(operands)):
-                self._softmax.add(tensor.data_ptr())
+                self._softmax.add(_address(tensor))
 
     def _mark(self, tensor: Tensor, role: str) -> None:
         self._alive.append(tensor)
@@ -127,6 +128,13 @@ class Flow:
 def _layer_name(name: str, module: nn.Module | None) -> str:
     is_leaf = module is not None and not any(True for _ in module.children())
     return type(module).__name__ if is_leaf else name
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the numbers of a tensor lie, also of one inside of a transform (`torch.func.grad`)."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor.data_ptr()
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

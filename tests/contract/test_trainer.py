@@ -1024,6 +1024,40 @@ def test_complex_weights_stay_complex_and_train_solo(precision):
     assert (left.tensors["model/filter"].imag != 0).all()
 
 
+def _by_autograd(loss, inputs):
+    inputs = inputs.clone().requires_grad_()
+    return torch.autograd.grad(loss(inputs), inputs, create_graph=True)[0]
+
+
+def _by_transform(loss, inputs):
+    return torch.func.grad(loss)(inputs)
+
+
+@pytest.mark.parametrize("slope", [_by_autograd, _by_transform])
+def test_a_loss_may_take_gradients_itself(slope):
+    class Penalised:
+        task, batch_size, epochs, lr = "classification", 8, INTERVALS, 1e-2
+
+        def model(self):
+            layers = nn.Linear(6, 8), nn.Softmax(-1), nn.Dropout(0.2), nn.Linear(8, CLASSES)
+            return nn.Sequential(*layers)
+
+        def data(self):
+            return {"train": (_noise(22, 6), _labels(22)), "test": False}
+
+        def loss(self, model, batch):
+            def plain(inputs):
+                return functional.cross_entropy(model(inputs), batch[1])
+
+            return plain(batch[0]) + 0.1 * slope(plain, batch[0]).square().sum()
+
+    recipe = make_recipe(adapt(Penalised()))
+    assert [site.path for site in recipe.sites] == ["2"]
+    fusible(recipe)  # or not: it trains
+    weights = alone(recipe, training(recipe, 0), 1)[0].part("model")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
 def test_a_training_that_fails_changes_nothing_for_the_others():
     class Probability(nn.Module):
         def __init__(self):
