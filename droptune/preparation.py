@@ -17,6 +17,7 @@ from droptune.program.data import InMemory, Streamed, seeded
 from droptune.program.declared import extremes
 from droptune.program.loading import load_program
 from droptune.program.program import Program
+from droptune.program.soundness import calls_eagerly
 from droptune.program.source import fingerprint
 from droptune.search.pruning import make_pruner
 from droptune.search.sampling import FIRST_WAVE, Proposer
@@ -195,10 +196,11 @@ def _chance(program: Program) -> float:
     The highest that searched values make it, on a batch drawn from all the training data (sorted
     ones may begin with what is easy).
     """
-    with seeded(0), torch.no_grad():
+    with seeded(0):
         batch, model = program.example_batch(program.batch_size, drawn=True), program.model()
-        losses = [program.loss(model.train(), batch, v) for v in extremes(program.searched)]
-        return max(float(loss) for loss in losses)
+        with calls_eagerly(model.modules())():
+            losses = (program.loss(model.train(), batch, v) for v in extremes(program.searched))
+            return max(loss.item() for loss in losses)
 
 
 def _versions() -> dict[str, str]:

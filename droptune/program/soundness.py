@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -42,3 +45,17 @@ def check_loss(loss: Any) -> None:
         )
     if not loss.requires_grad:
         raise ProgramError("the loss does not depend on the model's weights: nothing to train")
+
+
+def calls_eagerly(
+    modules: Iterable[nn.Module],
+) -> Callable[[], AbstractContextManager[object]]:
+    """A context in which compiled parts of the model run as written: compiled code would not
+    show its dropout, and needs a C++ compiler. Nothing where nothing is compiled."""
+    if any(_is_compiled(module) for module in modules):
+        return lambda: torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None

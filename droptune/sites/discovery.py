@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from droptune.errors import DroptuneError, SiteError
+from droptune.program.soundness import calls_eagerly
 from droptune.program.source import told
 from droptune.sites import watch
 from droptune.sites.attributes import with_attributes
@@ -25,7 +26,7 @@ from droptune.sites.dropout import KINDS
 from droptune.sites.flow import Flow
 from droptune.sites.insertion import insertions, suggested_insertions, written
 from droptune.sites.masks import Noise
-from droptune.sites.modules import calls_eagerly, module_paths, recognised_modules
+from droptune.sites.modules import module_paths, recognised_modules
 from droptune.sites.randomness import (
     RandomOperations,
     generators_kept,

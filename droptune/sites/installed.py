@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from droptune.errors import SiteError, nearest
+from droptune.program.soundness import calls_eagerly
 from droptune.sites.checkpointed import Replay, replaying
 from droptune.sites.discovery import find_or_insert_sites, find_program_sites, find_sites
 from droptune.sites.dropout import KINDS
@@ -29,7 +30,7 @@ from droptune.sites.masks import (
     noises_at,
     split_seed,
 )
-from droptune.sites.modules import calls_eagerly, module_paths, recognised_modules
+from droptune.sites.modules import module_paths, recognised_modules
 from droptune.sites.production import Applied, apply_rates
 from droptune.sites.routes import Routes, dropout_functions, replaced
 from droptune.sites.site import Discovery, Site, Untunable

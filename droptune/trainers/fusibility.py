@@ -21,6 +21,8 @@ from droptune.training import Assignment, Seeds, Training
 _TRIED_EXAMPLES = 4
 _TRIED_UPDATES = 5  # of an interval: the last two of them are replayed, where that can be
 
+_NOT_OF_THE_MODEL = ("training", "_torchdynamo_wrapper_id")  # the second numbers compiled modules
+
 Left = dict[str, Tensor]  # everything that a training leaves behind
 T = TypeVar("T")
 
@@ -130,7 +132,7 @@ def numbers_of(model: nn.Module, *others: object) -> dict[str, float]:
         f"{path}.{name}": value
         for path, holder in (*holders, *((type(other).__name__, other) for other in others))
         for name, value in vars(holder).items()
-        if isinstance(value, int | float) and name != "training"
+        if isinstance(value, int | float) and name not in _NOT_OF_THE_MODEL
     }
 
 
