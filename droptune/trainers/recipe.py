@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from droptune.program.data import Batch, InMemory, Splits, Streamed, place, seeded
+from droptune.program.data import Batch, InMemory, Splits, Streamed, place, seeded, size_of
 from droptune.program.program import Program
 from droptune.sites.installed import Installed, Site, install
 from droptune.spec.objective import DIRECTIONS, Objective
-from droptune.trainers.feed import Feed, size_of
+from droptune.trainers.feed import Feed
 from droptune.trainers.schedule import Array, learning_rates
 from droptune.training import Assignment
 

@@ -1252,6 +1252,41 @@ def test_batches_of_sequences_need_not_be_equally_long(passes):
     assert "logits" not in examples
 
 
+class _Named(torch.utils.data.Dataset):
+    """Examples with a name each, first in every batch."""
+
+    def __len__(self) -> int:
+        return 25
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        return {"name": f"image {i}", "x": torch.full((6,), i / 25), "labels": i % CLASSES}
+
+    @staticmethod
+    def collate(examples: list[dict[str, object]]) -> dict[str, object]:
+        x, labels = torch.utils.data.default_collate([(e["x"], e["labels"]) for e in examples])
+        return {"name": [each["name"] for each in examples], "x": x, "labels": labels}
+
+
+class _Reading(Mlp):
+    def forward(self, x, name):
+        assert len(name) == len(x)
+        assert name[-1].startswith("image")
+        return super().forward(x)
+
+
+def test_what_is_no_tensor_comes_with_its_examples():
+    data = DataLoader(_Named(), batch_size=8, collate_fn=_Named.collate)
+    program = classification(
+        model=_Reading, train=data, validation=data, test=False,
+        optimizer="sgd", epochs=3, lr=2e-3,
+    )  # fmt: skip
+    program.check()
+    recipe = make_recipe(program, accumulate=3)
+    assert [update.size for update in recipe.feed(0).interval([0], [0], 3)] == [8, 8, 9]
+    assert fusible(recipe).ok
+    assert_fused_is_solo(recipe, [training(recipe, k, data=0) for k in range(2)])
+
+
 def test_own_metrics_need_batches_of_one_length():
     own = {"largest": lambda logits, targets: logits.max()}
     recipe = make_recipe(_tagging(metrics=own))
