@@ -203,7 +203,7 @@ def _equal(known: Tensor, rates: Tensor) -> bool:
 
 def _needs_watch(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
-        return module.padding_idx is not None
+        return module.padding_idx is not None or module.sparse
     return isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
 
 

@@ -223,12 +223,15 @@ class Watch(TorchFunctionMode):
         return written_out.recurrent_cell(func.__name__.removesuffix("_cell"), *args, **kwargs)
 
     def embedding(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """`F.embedding`: its batching rule forgets that padding gets no gradient."""
+        """`F.embedding`: its batching rule forgets that padding gets no gradient, and sparse
+        gradients have none."""
         given = _embedding_signature.bind(*args, **kwargs).arguments
         padding = given.get("padding_idx")
-        if padding is None or not under_functorch():
+        if not under_functorch():
             return func(*args, **kwargs)
-        x = func(**{**given, "padding_idx": None})
+        x = func(**{**given, "padding_idx": None, "sparse": False})
+        if padding is None:
+            return x
         is_padding = given["input"] == padding % len(given["weight"])
         return torch.where(is_padding.unsqueeze(-1), x.detach(), x)
 

@@ -91,7 +91,9 @@ def export_state(
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{key}/{names[id(parameter)]}"] = value.detach()
+                # of sparse gradients it may be sparse, which no snapshot holds
+                whole = value.detach().to_dense() if value.is_sparse else value.detach()
+                tensors[f"{key}/{names[id(parameter)]}"] = whole
             elif _is_plain(value):
                 rest[f"{key}/{names[id(parameter)]}"] = value
     groups = [

@@ -665,6 +665,25 @@ def test_padding_gets_no_gradient_where_each_training_has_its_own_batch():
     assert_fused_is_solo(recipe, [training(recipe, k, data=k) for k in range(3)])
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", torch.optim.Adagrad])
+def test_embeddings_with_sparse_gradients_are_fused_and_resumed(optimizer):
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(11, 6, sparse=True)
+            self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(6, CLASSES))
+
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens).mean(1))
+
+    recipe = make_recipe(_classify(Bag, _tokens(22), optimizer=optimizer))
+    found = fusible(recipe)
+    assert found.ok, found.reason
+    assert what_is_lost(recipe) == []
+    undecayed = {"weight_decay": 0.0}  # of sparse gradients torch decays no weights
+    assert_fused_is_solo(recipe, [training(recipe, k, values=undecayed) for k in range(2)])
+
+
 def test_an_optimizer_that_is_not_written_out_is_stepped_slot_by_slot():
     program = _classify(Cnn, _noise(22, 1, 8, 8), lr=1e-3, optimizer=torch.optim.NAdam)
     recipe = make_recipe(program)
