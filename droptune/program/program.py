@@ -19,7 +19,7 @@ from droptune.program.intake import LOOKED_AT, RawSplits, make_splits, read_spli
 from droptune.program.labels import check_known, check_several
 from droptune.program.metrics import CLASSIFICATION, REGRESSION
 from droptune.program.optimizers import MakeOptimizer
-from droptune.program.soundness import calls_eagerly, check_loss, check_model
+from droptune.program.soundness import calls_eagerly, check_loss, check_made, check_model
 from droptune.program.source import blamed
 from droptune.program.tasks import Loss, Metrics, Predict
 
@@ -98,8 +98,10 @@ class Program:
             with blamed("model()"):
                 model = self.model()
             check_model(model)
+            names = set(model.state_dict())
             with calls_eagerly(model.modules())():
                 self._try(model, batch)
+            check_made(model, names)
 
     def _try(self, model: nn.Module, batch: Batch) -> None:
         if self.task == "classification":  # before a loss stumbles over wrong numbers

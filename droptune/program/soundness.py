@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,6 +32,16 @@ def check_model(model: Any) -> None:
             raise ProgramError(
                 f"{name} has no shape yet (a lazy module): run the model once in model()"
             )
+
+
+def check_made(model: nn.Module, names: Container[str]) -> None:
+    """Raises ProgramError where a model that ran has more in its state than these `names`."""
+    new = next((name for name in model.state_dict() if name not in names), None)
+    if new is not None:
+        raise ProgramError(
+            f"the model makes {new} when it first runs, where no optimizer knows it and no fresh "
+            "model can load it: make it in __init__, or run the model once in model()"
+        )
 
 
 def check_loss(loss: Any) -> None:

@@ -54,6 +54,9 @@ def take_apart(recipe: Recipe, model: nn.Module, installed: Installed) -> Parts:
     layout = Layout.of(optimizer, {k: n for k, n in names.items() if n in trained})
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     idle = {names[id(weight)] for weight in weights if weight.requires_grad} - trained
+    made = next((name for name in tensors_of(model) if name not in own), None)
+    if made is not None:
+        raise ProgramError(f"the model makes {made} when it first runs: make it in __init__")
     now, other = tensors_of(model), tensors_of(recipe.fresh_model(1))
     fixed = {name: tensor for name, tensor in before.items() if name not in layout.names}
     shared = {

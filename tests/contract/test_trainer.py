@@ -1077,6 +1077,25 @@ def test_a_loss_may_take_gradients_itself(slope):
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
+class _Caching(nn.Module):
+    """Makes a mask when it first knows its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        if not hasattr(self, "mask"):
+            self.register_buffer("mask", torch.ones(x.shape[-1]), persistent=False)
+        return self.head(self.drop(x * self.mask))
+
+
+def test_a_buffer_that_is_made_in_the_first_forward_is_named():
+    found = fusible(make_recipe(_classify(_Caching, _noise(22, 6))))
+    assert not found.ok
+    assert found.reason.startswith("the model makes mask when it first runs")
+
+
 def test_a_training_that_fails_changes_nothing_for_the_others():
     class Probability(nn.Module):
         def __init__(self):

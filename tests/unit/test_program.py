@@ -299,6 +299,13 @@ class Broken(nn.Module):
         raise RuntimeError("mat1 and mat2\ncannot be multiplied")
 
 
+class Late(nn.Linear):
+    def forward(self, x):
+        if not hasattr(self, "head"):
+            self.head = nn.Linear(4, 4)
+        return self.head(super().forward(x))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -316,6 +323,7 @@ class Broken(nn.Module):
         ({"model": lambda: 3}, "model.. returned a int"),
         ({"model": lambda: nn.DataParallel(net())}, "a DataParallel: a trial fits one device"),
         ({"model": lambda: nn.LazyLinear(4)}, "weight has no shape yet"),
+        ({"model": lambda: Late(3, 4)}, "the model makes head.weight when it first runs"),
         ({"model": lambda: nn.Linear(3, 4).requires_grad_(False)}, "nothing to train"),
         ({"model": infinite}, "the loss of the first examples is nan"),
         ({"model": lambda: nn.Unflatten(1, (3, 1, 1))}, "does not fit class numbers"),
