@@ -126,13 +126,14 @@ def _shared_state(model: nn.Module, host: object, numbers: Mapping[str, float]) 
 
 
 def numbers_of(model: nn.Module, *others: object) -> dict[str, float]:
-    """The numbers that a model holds as attributes of its modules, and others as their own."""
+    """The numbers that a model holds as attributes of its modules, and others as their own; of a
+    tensor that is no buffer, how often it was written to."""
     holders = [(path or type(module).__name__, module) for path, module in model.named_modules()]
     return {
-        f"{path}.{name}": value
+        f"{path}.{name}": value._version if isinstance(value, Tensor) else value
         for path, holder in (*holders, *((type(other).__name__, other) for other in others))
         for name, value in vars(holder).items()
-        if isinstance(value, int | float) and name not in _NOT_OF_THE_MODEL
+        if isinstance(value, int | float | Tensor) and name not in _NOT_OF_THE_MODEL
     }
 
 

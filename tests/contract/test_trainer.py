@@ -856,6 +856,7 @@ class _Sly(nn.Module):
         self.hidden, self.drop, self.head = nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES)
         self.shift = nn.Parameter(torch.zeros(6))
         self.how, self.calls, self.ready = how, 0, False
+        self.count = torch.tensor(0)
         if how == "hook":
             self.hidden.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
 
@@ -866,6 +867,9 @@ class _Sly(nn.Module):
         if self.how == "calls" and self.training:
             self.calls += 1
             h = h * 2 if self.calls > 5 else h
+        if self.how == "count" and self.training:
+            self.count += 1
+            h = h * torch.where(self.count > 50, 2, 1)
         if self.how == "once" and not self.ready:
             self.ready = True
             self.shift.data.copy_(-x.mean(0))
@@ -878,6 +882,7 @@ class _Sly(nn.Module):
     ("how", "reason"),
     [
         ("calls", "_Sly.calls"),
+        ("count", "_Sly.count"),
         ("hook", "a hook on the gradient of hidden.weight"),
         ("generator", "Python's generator"),
         ("input", "broadcast shape"),
