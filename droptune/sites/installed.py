@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from droptune.errors import SiteError, nearest
 from droptune.program.soundness import calls_eagerly
@@ -204,6 +206,9 @@ def _equal(known: Tensor, rates: Tensor) -> bool:
 def _needs_watch(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return module.padding_idx is not None or module.sparse
+    hooks = module._forward_pre_hooks.values()
+    if isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks):
+        return True
     return isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
 
 

@@ -133,6 +133,7 @@ def _without_dispatch(function: Any) -> types.FunctionType:
 
 _multi_head = _without_dispatch(functional.multi_head_attention_forward)
 _embedding_signature = inspect.signature(functional.embedding)
+_normalize_signature = inspect.signature(functional.normalize)
 _multi_head_signature = inspect.signature(functional.multi_head_attention_forward)
 
 
@@ -235,6 +236,15 @@ class Watch(TorchFunctionMode):
         is_padding = given["input"] == padding % len(given["weight"])
         return torch.where(is_padding.unsqueeze(-1), x.detach(), x)
 
+    def normalize(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """`F.normalize`: where it writes into a tensor (spectral normalisation does so) it has no
+        batching rule."""
+        given = _normalize_signature.bind(*args, **kwargs).arguments
+        out = given.pop("out", None)
+        if out is None or not under_functorch():
+            return func(*args, **kwargs)
+        return out.copy_(func(**given))
+
 
 def _bound(listener: Listener, call: Call) -> written_out.Drop:
     return lambda x: listener.dropout(call, x)
@@ -329,6 +339,7 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
     handlers: dict[Any, Callable[..., Any]] = {
         functional.multi_head_attention_forward: Watch.multi_head,
         functional.embedding: Watch.embedding,
+        functional.normalize: Watch.normalize,
     }
     for name, kind in _KIND_OF.items():
         for home in (functional, torch):

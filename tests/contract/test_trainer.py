@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -682,6 +683,19 @@ def test_embeddings_with_sparse_gradients_are_fused_and_resumed(optimizer):
     assert what_is_lost(recipe) == []
     undecayed = {"weight_decay": 0.0}  # of sparse gradients torch decays no weights
     assert_fused_is_solo(recipe, [training(recipe, k, values=undecayed) for k in range(2)])
+
+
+@pytest.mark.parametrize("normalised", [spectral_norm, parametrizations.spectral_norm])
+def test_spectral_normalisation_is_fused(normalised):
+    def model():
+        first, last = nn.Conv1d(2, 4, 3), nn.Linear(16, CLASSES)
+        parts = normalised(first), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), normalised(last)
+        return nn.Sequential(*parts)
+
+    recipe = make_recipe(_classify(model, _noise(22, 2, 6)))
+    found = fusible(recipe)
+    assert found.ok, found.reason
+    assert_fused_is_solo(recipe, [training(recipe, k) for k in range(2)])
 
 
 def test_an_optimizer_that_is_not_written_out_is_stepped_slot_by_slot():
