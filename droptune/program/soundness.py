@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -55,6 +55,35 @@ def check_loss(loss: Any) -> None:
         )
     if not loss.requires_grad:
         raise ProgramError("the loss does not depend on the model's weights: nothing to train")
+
+
+def check_prediction(found: Any) -> tuple[Tensor, Tensor]:
+    """What predict(model, batch) returned. Raises ProgramError unless it is a pair of tensors."""
+    pair = isinstance(found, tuple | list) and len(found) == 2
+    if not pair or not all(isinstance(each, Tensor) for each in found):
+        what = ", ".join(type(e).__name__ for e in found) if isinstance(found, tuple | list) else ""
+        raise ProgramError(
+            f"predict(model, batch) returned a {type(found).__name__}{what and f' of {what}'}: it "
+            "must return (predictions, targets), two tensors with a row for each example"
+        )
+    return found[0], found[1]
+
+
+def check_metrics(measured: Any) -> None:
+    """Raises ProgramError unless what metrics(predictions, targets) returned are named numbers."""
+    if not isinstance(measured, Mapping):
+        kind = type(measured).__name__
+        raise ProgramError(f"metrics(predictions, targets) returned a {kind}, not a dict")
+    for name, value in measured.items():
+        try:
+            number = torch.as_tensor(value).numel() == 1
+        except (TypeError, ValueError, RuntimeError):
+            number = False
+        if not number:
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ProgramError(
+                f"metrics(predictions, targets) gave {name!r} as {what}: it must be one number"
+            )
 
 
 def calls_eagerly(

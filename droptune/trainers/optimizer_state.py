@@ -25,6 +25,11 @@ def build(make: MakeOptimizer, model: nn.Module, assignment: Assignment) -> Opti
     weights (so biases that were left out stay out), and in all groups where none does.
     """
     optimizer = make(model, assignment.lr)
+    if not isinstance(optimizer, Optimizer):
+        raise ProgramError(
+            f"optimizer(model, lr) returned a {type(optimizer).__name__}: it must return one torch "
+            "optimizer; how its learning rate moves is said by schedule(progress)"
+        )
     own = names_of(model)
     foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
     if foreign:  # all trainings would train them together

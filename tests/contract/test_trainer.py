@@ -1161,6 +1161,16 @@ def test_an_optimizer_of_other_tensors_than_the_models_is_refused():
         fusible(recipe)
 
 
+def test_an_optimizer_that_is_none_is_refused():
+    def make(model, lr):
+        optimizer = torch.optim.SGD(model.parameters(), lr)
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    recipe = make_recipe(_classify(Mlp, _noise(22, 6), optimizer=make))
+    with pytest.raises(ProgramError, match=r"returned a tuple: .* schedule\(progress\)"):
+        fusible(recipe)
+
+
 class _Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()

@@ -410,6 +410,40 @@ def test_wrong_long_forms(changes, said):
         adapt(type("Wrong", (Long,), changes)).check()
 
 
+def _predicting(predict, metrics=lambda self, predictions, targets: {"loss": 0.0}):
+    return adapt(type("Odd", (Long,), {"predict": predict, "metrics": metrics}))
+
+
+@pytest.mark.parametrize(
+    ("predict", "said"),
+    [
+        (lambda self, model, batch: model(batch[0]), "a Tensor: it must return .predictions"),
+        (lambda self, model, batch: (model(batch[0]), *batch), "a tuple of Tensor, Tensor, Tensor"),
+        (lambda self, model, batch: ({"a": batch[1]}, batch[1]), "a tuple of dict, Tensor"),
+        (lambda self, model, batch: (model(batch[0]), None), "a tuple of Tensor, NoneType"),
+    ],
+)
+def test_predictions_that_are_no_pair_of_tensors_are_refused(predict, said):
+    with pytest.raises(ProgramError, match=f"predict.* returned {said}"):
+        _predicting(predict).check()
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ([1.0], "returned a list, not a dict"),
+        ({"hits": torch.ones(3)}, r"gave 'hits' as shape \(3,\)"),
+        ({"word": "good"}, "gave 'word' as 'good'"),
+    ],
+)
+def test_metrics_that_are_no_named_numbers_are_refused(measured, said):
+    program = _predicting(
+        lambda self, model, batch: (model(batch[0]), batch[1]), lambda self, *pair: measured
+    )
+    with pytest.raises(ProgramError, match=said):
+        print(program.metric_names)
+
+
 # --- files --------------------------------------------------------------------------------
 
 IMPORTS = "import torch\nfrom torch import nn\nimport droptune\n\n"
