@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from droptune.errors import SpecError
-from droptune.preparation import _chance, prepare
+from droptune.errors import ProgramError, SpecError
+from droptune.preparation import _chance, _in_vain, prepare
 from droptune.program.long_form import adapt
 from droptune.program.short_form import regression
 from droptune.sites.installed import find_program_sites
@@ -94,6 +94,24 @@ def test_an_untrained_loss_may_be_of_gradients():
             return slope.square().mean()
 
     assert _chance(adapt(Steep())) > 0
+
+
+def _regressing(**more) -> Recipe:
+    data = torch.ones(20, 2), torch.ones(20, 1)
+    program = regression(model=net, train=data, batch_size=4, epochs=9, lr=1e-2, **more)
+    return Recipe(program, find_program_sites(program).sites, Objective("mse"))
+
+
+def test_an_optimizer_that_leaves_the_learning_rate_aside_is_noticed():
+    stubborn = _regressing(optimizer=lambda model, lr: torch.optim.SGD(model.parameters(), 0.1))
+    assert "searched in vain" in _in_vain(stubborn)[0]
+    assert _in_vain(_regressing()) == []
+
+
+def test_a_schedule_that_is_not_finite_is_refused():
+    broken = _regressing(schedule=lambda progress: float("nan") if progress > 0.1 else 1.0)
+    with pytest.raises(ProgramError, match=r"schedule\(0.2\) is nan: it must be a finite factor"):
+        broken.learning_rates(np.array([0.0, 0.2]))
 
 
 def test_an_untrained_loss_is_the_highest_that_searched_values_make_it():
