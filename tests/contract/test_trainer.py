@@ -1115,6 +1115,33 @@ def test_a_buffer_that_is_made_in_the_first_forward_is_named():
     assert found.reason.startswith("the model makes mask when it first runs")
 
 
+_CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 0.5])  # float32: with them nothing is tried in float64
+
+
+def _weighed(penalty: float, model=Mlp, **more) -> Recipe:
+    program = _classify(model, _noise(22, 6), **more)
+
+    def loss(model, batch, values):
+        asked = [weight for weight in model.parameters() if weight.requires_grad]
+        total = sum(weight.square().sum() for weight in asked)  # of none side by side
+        losses = functional.cross_entropy(model(batch[0]), batch[1], weight=_CLASS_WEIGHTS)
+        return losses + penalty * total
+
+    return make_recipe(replace(program, loss=loss), precision="float32")
+
+
+def test_what_rounding_does_not_explain_is_found_in_the_models_own_precision():
+    def plain():
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, CLASSES))
+
+    found = fusible(_weighed(1e-4, plain, optimizer="sgd"))
+    assert not found.ok
+    assert "differ from alone" in found.reason
+    for lr in (2e-3, 2e-2):  # a bias in front of a norm moves by rounding alone
+        found = fusible(_weighed(0.0, lr=lr, optimizer=_grouped))
+        assert found.ok, found.reason
+
+
 def test_a_training_that_fails_changes_nothing_for_the_others():
     class Probability(nn.Module):
         def __init__(self):
