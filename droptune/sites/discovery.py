@@ -192,8 +192,9 @@ def _untouched(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None
             for module, mode in modes:
                 module.training = mode
             for module, name, buffer, before in buffers:
-                with torch.no_grad():
-                    buffer.copy_(before)
+                if not buffer.is_inference():  # nobody writes to those
+                    with torch.no_grad():
+                        buffer.copy_(before)
                 module._buffers[name] = buffer
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from droptune.program.declared import branches
 from droptune.program.source import blamed
 from droptune.trainers.fused import Fused, one_line
-from droptune.trainers.recipe import Recipe
+from droptune.trainers.recipe import Recipe, writes_to
 from droptune.trainers.slot import Outcome, Snapshot, Trainer
 from droptune.trainers.solo import Solo, host_state
 from droptune.training import Assignment, Seeds, Training
@@ -166,7 +166,7 @@ def numbers_of(model: nn.Module, *others: object) -> dict[str, float]:
     tensor that is no buffer, how often it was written to."""
     holders = [(path or type(module).__name__, module) for path, module in model.named_modules()]
     return {
-        f"{path}.{name}": value._version if isinstance(value, Tensor) else value
+        f"{path}.{name}": writes_to(value) if isinstance(value, Tensor) else value
         for path, holder in (*holders, *((type(other).__name__, other) for other in others))
         for name, value in vars(holder).items()
         if isinstance(value, int | float | Tensor) and name not in _NOT_OF_THE_MODEL

@@ -205,6 +205,11 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+def writes_to(tensor: Tensor) -> int:
+    """How often a tensor was written to; torch does not count it of those made for inference."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def state_names(model: nn.Module) -> dict[str, str]:
     """For each key of the `state_dict` the name in `tensors_of` (they differ where tied)."""
     names = {id(tensor): name for name, tensor in tensors_of(model).items()}

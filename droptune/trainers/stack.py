@@ -12,7 +12,7 @@ from droptune.errors import ProgramError
 from droptune.program.declared import default_values
 from droptune.sites.installed import Installed
 from droptune.trainers.optimizer_state import build, names_of
-from droptune.trainers.recipe import Recipe, tensors_of
+from droptune.trainers.recipe import Recipe, tensors_of, writes_to
 from droptune.trainers.updates import Layout
 from droptune.training import Assignment
 
@@ -46,7 +46,7 @@ def take_apart(recipe: Recipe, model: nn.Module, installed: Installed) -> Parts:
     optimizer = build(recipe.program.optimizer, model, Assignment({}, recipe.program.lr))
     own = tensors_of(model)
     before = {name: tensor.detach().clone() for name, tensor in own.items()}
-    versions = {name: tensor._version for name, tensor in own.items()}
+    written = {name: writes_to(tensor) for name, tensor in own.items()}
     trained, names = _train_once(recipe, model, installed), names_of(model)
     for name in trained:
         if own[name].is_complex():
@@ -63,7 +63,7 @@ def take_apart(recipe: Recipe, model: nn.Module, installed: Installed) -> Parts:
         name
         for name, tensor in fixed.items()
         if now[name] is own[name]  # what is written to may change with other numbers
-        and now[name]._version == versions[name]
+        and writes_to(now[name]) == written[name]
         and torch.equal(tensor, now[name])
         and torch.equal(tensor, other[name])
     } - idle
@@ -103,7 +103,7 @@ class Stack:
         self._best: dict[str, Tensor] = {}
         if keeps_best:
             self._best = {name: torch.zeros_like(tensor) for name, tensor in self._all().items()}
-        self._versions = {name: tensor._version for name, tensor in parts.shared.items()}
+        self._written = {name: writes_to(tensor) for name, tensor in parts.shared.items()}
         self._replaced: set[str] = set()
 
     # -- what is shared, until a slot changes it --------------------------------------------------
@@ -115,7 +115,7 @@ class Stack:
     def changed(self) -> set[str]:
         """The shared tensors that are no longer what they were: for all slots together."""
         shared = self.parts.shared.items()
-        return self._replaced | {n for n, t in shared if t._version != self._versions[n]}
+        return self._replaced | {n for n, t in shared if writes_to(t) != self._written[n]}
 
     def differing(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """The shared tensors that are others among these."""

@@ -1142,6 +1142,26 @@ def test_what_rounding_does_not_explain_is_found_in_the_models_own_precision():
         assert found.ok, found.reason
 
 
+class _Inferred(nn.Module):
+    """What it holds was computed in inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(6, CLASSES)
+        with torch.inference_mode():
+            self.register_buffer("scale", torch.arange(1.0, 7.0) / 6)
+            self.shift = torch.tensor(0.5)
+
+    def forward(self, x):
+        return self.head(self.drop(x * self.scale.clone() + self.shift.clone().to(x)))
+
+
+def test_tensors_made_in_inference_mode_are_like_others():
+    recipe = make_recipe(_classify(_Inferred, _noise(22, 6)), precision="float32")
+    assert fusible(recipe).ok
+    assert Fused(recipe, 2)._stack.parts.shared.keys() == {"scale"}
+
+
 def test_a_training_that_fails_changes_nothing_for_the_others():
     class Probability(nn.Module):
         def __init__(self):
