@@ -17,6 +17,7 @@ from droptune.program.data import InMemory, Streamed, seeded
 from droptune.program.declared import extremes
 from droptune.program.loading import load_program
 from droptune.program.program import Program
+from droptune.program.soundness import calls_eagerly
 from droptune.program.source import fingerprint
 from droptune.search.pruning import make_pruner
 from droptune.search.sampling import FIRST_WAVE, Proposer
@@ -137,7 +138,8 @@ def prepare(spec: StudySpec, root: Path) -> Prepared:
     if any(o.metric == "gap" for o in spec.objectives):
         _check_gap(recipe, splits.train)
     trainer, reason = _trainer(recipe, spec)
-    discovery = replace(discovery, warnings=(*discovery.warnings, *what_is_lost(recipe)))
+    noticed = (*discovery.warnings, *what_is_lost(recipe), *_in_vain(recipe))
+    discovery = replace(discovery, warnings=noticed)
     intervals = spec.intervals(program, splits.train.n)
     Proposer.of(spec, space)  # that its sampler and pruner can be made
     make_pruner(spec, intervals)
@@ -197,8 +199,18 @@ def _chance(program: Program) -> float:
     """
     with seeded(0):
         batch, model = program.example_batch(program.batch_size, drawn=True), program.model()
-        found = (program.loss(model.train(), batch, v) for v in extremes(program.searched))
-        return max(float(loss.detach()) for loss in found)
+        with calls_eagerly(model.modules())():
+            losses = (program.loss(model.train(), batch, v) for v in extremes(program.searched))
+            return max(loss.item() for loss in losses)
+
+
+def _in_vain(recipe: Recipe) -> list[str]:
+    """What is searched without an effect, for people; mostly nothing."""
+    make, model, lr = recipe.program.optimizer, recipe.fresh_model(0), recipe.program.lr
+    low, high = ([g.get("lr") for g in make(model, x).param_groups] for x in (lr, 2 * lr))
+    if low != high:
+        return []
+    return ["optimizer(model, lr) leaves the lr aside that it is given: it is searched in vain"]
 
 
 def _versions() -> dict[str, str]:

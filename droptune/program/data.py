@@ -39,7 +39,9 @@ class InMemory:
 
     def gather(self, indices: Tensor) -> Batch:
         """The examples at `indices` (int64, any shape [...]): leaves become [..., *example]."""
-        return map_leaves(self.tree, lambda leaf: leaf[indices])
+        return _map_examples(
+            self.tree, lambda leaf: leaf[indices], lambda each: _picked(each, indices.tolist())
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> InMemory:
         """On that device; floating leaves in `dtype` where one is given."""
@@ -163,6 +165,42 @@ def map_leaves(tree: Batch, function: Callable[[Any], Any]) -> Batch:
     return function(tree)
 
 
+def _map_examples(
+    tree: Batch, tensors: Callable[[Tensor], Tensor], lists: Callable[[list[Any]], list[Any]]
+) -> Batch:
+    """The same tree with functions of each tensor and of each list that has something else of
+    every example; what is neither is of no example."""
+    if _is_listed(tree):
+        return lists(tree)
+    if isinstance(tree, Mapping):
+        return {key: _map_examples(value, tensors, lists) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        parts = [_map_examples(value, tensors, lists) for value in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tensors(tree) if isinstance(tree, Tensor) else tree
+
+
+def _is_listed(tree: Batch) -> bool:
+    """Whether it is a list of what is no tensor: names, texts."""
+    return isinstance(tree, list) and not any(isinstance(leaf, Tensor) for _, leaf in leaves(tree))
+
+
+def _picked(each: list[Any], indices: Any) -> Any:
+    if isinstance(indices, list):
+        return [_picked(each, index) for index in indices]
+    return each[indices]
+
+
+def size_of(batch: Batch, axis: int = 0) -> int:
+    """How many examples a batch holds along `axis`."""
+    return int(next(leaf for _, leaf in leaves(batch) if isinstance(leaf, Tensor)).shape[axis])
+
+
+def part_of(batch: Batch, start: int, stop: int) -> Batch:
+    """The examples of a batch from `start` to `stop`."""
+    return _map_examples(batch, lambda leaf: leaf[start:stop], lambda each: each[start:stop])
+
+
 def leaves(tree: Batch, path: str = "") -> Iterator[tuple[str, Any]]:
     """Each leaf with where it is: `[0]`, `['labels']`, `[1]['mask']`."""
     if isinstance(tree, Mapping):
@@ -178,11 +216,14 @@ def leaves(tree: Batch, path: str = "") -> Iterator[tuple[str, Any]]:
 def join(trees: Sequence[Batch]) -> Batch:
     """Trees of equal form, concatenated along the first dimension."""
     first = trees[0]
+    if _is_listed(first):
+        return [each for tree in trees for each in tree]
     if isinstance(first, Mapping):
         return {key: join([tree[key] for tree in trees]) for key in first}
     if isinstance(first, tuple | list):
-        return type(first)(join(list(parts)) for parts in zip(*trees, strict=True))
-    return torch.cat(list(trees))
+        parts = [join(list(parts)) for parts in zip(*trees, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return torch.cat(list(trees)) if isinstance(first, Tensor) else first
 
 
 def place(tree: Batch, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:

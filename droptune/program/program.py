@@ -19,7 +19,14 @@ from droptune.program.intake import LOOKED_AT, RawSplits, make_splits, read_spli
 from droptune.program.labels import check_known, check_several
 from droptune.program.metrics import CLASSIFICATION, REGRESSION
 from droptune.program.optimizers import MakeOptimizer
-from droptune.program.soundness import check_loss, check_model
+from droptune.program.soundness import (
+    calls_eagerly,
+    check_loss,
+    check_made,
+    check_metrics,
+    check_model,
+    check_prediction,
+)
 from droptune.program.source import blamed
 from droptune.program.tasks import Loss, Metrics, Predict
 
@@ -85,7 +92,12 @@ class Program:
             return (*built_in, *(name for name in self.own_metrics if name not in built_in))
         with seeded(0), torch.no_grad():
             model = self.model().eval()
-            return tuple(self.metrics(*self.predict(model, self.example_batch())))
+            with calls_eagerly(model.modules())():
+                pair = self._tried_prediction(model, self.example_batch())
+            with blamed("measuring the first examples"):
+                measured = self.metrics(*pair)
+            check_metrics(measured)
+            return tuple(measured)
 
     def check(self) -> None:
         """Tries one loss and one prediction, and the class numbers against the model's outputs.
@@ -97,16 +109,23 @@ class Program:
             with blamed("model()"):
                 model = self.model()
             check_model(model)
-            if self.task == "classification":  # before a loss stumbles over wrong numbers
-                self._check_classes(self._tried_prediction(model, batch).shape[-1])
-            with blamed("the loss of the first examples"):
-                loss = self.loss(model.train(), batch, default_values(self.searched))
-            check_loss(loss)
-            self._tried_prediction(model, batch)
+            names = set(model.state_dict())
+            with calls_eagerly(model.modules())():
+                self._try(model, batch)
+            check_made(model, names)
 
-    def _tried_prediction(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _try(self, model: nn.Module, batch: Batch) -> None:
+        if self.task == "classification":  # before a loss stumbles over wrong numbers
+            self._check_classes(self._tried_prediction(model, batch)[0].shape[-1])
+        with blamed("the loss of the first examples"):
+            loss = self.loss(model.train(), batch, default_values(self.searched))
+        check_loss(loss)
+        self._tried_prediction(model, batch)
+
+    def _tried_prediction(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         with blamed("the prediction of the first examples"), torch.no_grad():
-            return self.predict(model.eval(), batch)[0]
+            found = self.predict(model.eval(), batch)
+        return check_prediction(found)
 
     def _check_classes(self, classes: int) -> None:
         """All class numbers; of a training stream those of the first examples."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from droptune.errors import ProgramError
-from droptune.program.data import Batch, leaves, split_target
+from droptune.program.data import Batch, size_of, split_target
 from droptune.program.metrics import IGNORED, classification_metrics, regression_metrics
 
 FEW_CLASSES = 16
@@ -91,8 +91,7 @@ def loss_as_prediction(loss: Loss, values: Values) -> Predict:
     """The batch's loss as every example's prediction: its mean over a set is the set's loss."""
 
     def predict(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-        size = next(leaf for _, leaf in leaves(batch)).shape[0]
-        each = loss(model, batch, values).expand(size)
+        each = loss(model, batch, values).expand(size_of(batch))
         return each, torch.zeros_like(each)
 
     return predict

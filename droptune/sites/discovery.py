@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from droptune.errors import DroptuneError, SiteError
+from droptune.program.soundness import calls_eagerly
 from droptune.program.source import told
 from droptune.sites import watch
 from droptune.sites.attributes import with_attributes
@@ -25,7 +26,7 @@ from droptune.sites.dropout import KINDS
 from droptune.sites.flow import Flow
 from droptune.sites.insertion import insertions, suggested_insertions, written
 from droptune.sites.masks import Noise
-from droptune.sites.modules import calls_eagerly, module_paths, recognised_modules
+from droptune.sites.modules import module_paths, recognised_modules
 from droptune.sites.randomness import (
     RandomOperations,
     generators_kept,
@@ -171,7 +172,8 @@ def run_model(model: Callable[..., Any], batch: Any) -> Any:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None]:
-    """Runs the model in this mode, then puts modes, buffers and torch's generators back."""
+    """Runs the model in this mode, with gradients as in training (a loss may take some itself),
+    then puts modes, buffers and torch's generators back."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -180,12 +182,12 @@ def _untouched(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None
         if buffer is not None
     ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    # With gradients, as it is trained: a loss may take some itself (a penalty on them).
-    with torch.random.fork_rng(sorted(devices, key=str)), torch.enable_grad():
+    with torch.random.fork_rng(sorted(devices, key=str)):
         torch.manual_seed(seed)
         model.train(training)
         try:
-            yield
+            with torch.enable_grad():
+                yield
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -195,6 +197,8 @@ def _untouched(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None
 
 
 def _put_back(buffer: Tensor, before: Tensor) -> None:
+    if buffer.is_inference():  # nobody writes to those
+        return
     if buffer.grad_fn is not None:  # the model wrote into it what it has computed
         buffer.detach_()
     with torch.no_grad():

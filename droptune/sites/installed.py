@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from droptune.errors import SiteError, nearest
+from droptune.program.soundness import calls_eagerly
 from droptune.sites.checkpointed import Replay, replaying
 from droptune.sites.discovery import find_or_insert_sites, find_program_sites, find_sites
 from droptune.sites.dropout import KINDS
@@ -29,7 +32,7 @@ from droptune.sites.masks import (
     noises_at,
     split_seed,
 )
-from droptune.sites.modules import calls_eagerly, module_paths, recognised_modules
+from droptune.sites.modules import module_paths, recognised_modules
 from droptune.sites.production import Applied, apply_rates
 from droptune.sites.routes import Routes, dropout_functions, replaced
 from droptune.sites.site import Discovery, Site, Untunable
@@ -202,7 +205,10 @@ def _equal(known: Tensor, rates: Tensor) -> bool:
 
 def _needs_watch(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
-        return module.padding_idx is not None
+        return module.padding_idx is not None or module.sparse
+    hooks = module._forward_pre_hooks.values()
+    if isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks):
+        return True
     return isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from droptune.sites.dropout import Recognised, recognise
@@ -44,17 +41,3 @@ def recognised_modules(paths: Mapping[nn.Module, str]) -> list[tuple[nn.Module, 
     """The modules that are nothing but dropout."""
     found = ((module, recognise(module)) for module in paths)
     return [(module, what) for module, what in found if what is not None]
-
-
-def calls_eagerly(
-    paths: Mapping[nn.Module, str],
-) -> Callable[[], AbstractContextManager[object]]:
-    """A context in which compiled parts of the model run as written: compiled code would not
-    show its dropout. Nothing where nothing is compiled."""
-    if any(_is_compiled(module) for module in paths):
-        return lambda: torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None

@@ -133,6 +133,7 @@ def _without_dispatch(function: Any) -> types.FunctionType:
 
 _multi_head = _without_dispatch(functional.multi_head_attention_forward)
 _embedding_signature = inspect.signature(functional.embedding)
+_normalize_signature = inspect.signature(functional.normalize)
 _multi_head_signature = inspect.signature(functional.multi_head_attention_forward)
 
 
@@ -223,14 +224,26 @@ class Watch(TorchFunctionMode):
         return written_out.recurrent_cell(func.__name__.removesuffix("_cell"), *args, **kwargs)
 
     def embedding(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """`F.embedding`: its batching rule forgets that padding gets no gradient."""
+        """`F.embedding`: its batching rule forgets that padding gets no gradient, and sparse
+        gradients have none."""
         given = _embedding_signature.bind(*args, **kwargs).arguments
         padding = given.get("padding_idx")
-        if padding is None or not under_functorch():
+        if not under_functorch():
             return func(*args, **kwargs)
-        x = func(**{**given, "padding_idx": None})
+        x = func(**{**given, "padding_idx": None, "sparse": False})
+        if padding is None:
+            return x
         is_padding = given["input"] == padding % len(given["weight"])
         return torch.where(is_padding.unsqueeze(-1), x.detach(), x)
+
+    def normalize(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """`F.normalize`: where it writes into a tensor (spectral normalisation does so) it has no
+        batching rule."""
+        given = _normalize_signature.bind(*args, **kwargs).arguments
+        out = given.pop("out", None)
+        if out is None or not under_functorch():
+            return func(*args, **kwargs)
+        return out.copy_(func(**given))
 
 
 def _bound(listener: Listener, call: Call) -> written_out.Drop:
@@ -326,6 +339,7 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
     handlers: dict[Any, Callable[..., Any]] = {
         functional.multi_head_attention_forward: Watch.multi_head,
         functional.embedding: Watch.embedding,
+        functional.normalize: Watch.normalize,
     }
     for name, kind in _KIND_OF.items():
         for home in (functional, torch):

@@ -17,6 +17,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -260,15 +261,20 @@ def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
     """Tensors and JSON-able `meta` in the safetensors format."""
     whole: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, tensor in tensors.items():
+    pairs = [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]
+    real = {name: torch.view_as_real(tensors[name]) for name in pairs}  # the format has no such
+    for name, tensor in {**tensors, **real}.items():
         shared = tensor.untyped_storage().data_ptr() in storages  # safetensors refuses to share
         whole[name] = (tensor.detach().clone() if shared else tensor.detach()).contiguous()
         storages.add(tensor.untyped_storage().data_ptr())
-    return save(whole, metadata={"droptune": json.dumps(meta)})
+    return save(whole, metadata={"droptune": json.dumps(meta), "pairs": json.dumps(pairs)})
 
 
 def from_bytes(content: bytes) -> Weights:
     """The inverse of `to_bytes`. The header is JSON behind its length (safetensors' format)."""
     (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    return load(content), json.loads(header.get("__metadata__", {}).get("droptune", "{}"))
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    tensors = load(content)
+    for name in json.loads(metadata.get("pairs", "[]")):
+        tensors[name] = torch.view_as_complex(tensors[name])
+    return tensors, json.loads(metadata.get("droptune", "{}"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from droptune.errors import ProgramError
 from droptune.program.data import Batch, InMemory, Streamed
 from droptune.program.metrics import Additive, Sums
+from droptune.program.soundness import check_metrics
 from droptune.sites.installed import Installed
 from droptune.trainers.feed import cut
 from droptune.trainers.recipe import Recipe
@@ -139,9 +140,7 @@ def _rows(stacked: Mapping[str, Tensor]) -> list[dict[str, float]]:
 def _floats(measured: list[Any]) -> list[dict[str, float]]:
     """Metrics as numbers, whatever the program gives them as."""
     for metrics in measured:
-        if not isinstance(metrics, Mapping):
-            kind = type(metrics).__name__
-            raise ProgramError(f"metrics(predictions, targets) returned a {kind}, not a dict")
+        check_metrics(metrics)
     flat = [torch.as_tensor(v).double().cpu().reshape(()) for m in measured for v in m.values()]
     numbers = iter(torch.stack(flat).tolist() if flat else [])
     return [{name: next(numbers) for name in metrics} for metrics in measured]

@@ -19,9 +19,9 @@ from droptune.program.data import (
     Streamed,
     epoch_order,
     join,
-    leaves,
-    map_leaves,
+    part_of,
     place,
+    size_of,
 )
 
 Bounds = tuple[int, int]  # the first example of a part, and the one after its last
@@ -38,11 +38,6 @@ def cut(n: int, size: int, *, merge_lone: bool = False) -> tuple[Bounds, ...]:
     if merge_lone and size > 1 and len(starts) > 1 and n - starts[-1] == 1:
         starts.pop()
     return tuple(zip(starts, [*starts[1:], n], strict=True))
-
-
-def size_of(batch: Batch, axis: int = 0) -> int:
-    """How many examples a batch holds along `axis`."""
-    return int(next(leaf for _, leaf in leaves(batch)).shape[axis])
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,7 @@ class Feed:
             if size_of(batch) < stop - start:
                 batch = join([batch, next(read)])
             batch = place(batch, self._device, self._dtype)
-            yield self._update(stop - start, functools.partial(_part, batch))
+            yield self._update(stop - start, functools.partial(part_of, batch))
 
     def _update(self, size: int, part: Callable[[int, int], Batch]) -> Update:
         cuts = cut(size, self._micro, merge_lone=self._merge_lone)
@@ -165,7 +160,3 @@ class Feed:
             tuple((stop - start) / size for start, stop in cuts),
             size,
         )
-
-
-def _part(batch: Batch, start: int, stop: int) -> Batch:
-    return map_leaves(batch, lambda leaf: leaf[start:stop])

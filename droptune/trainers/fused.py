@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,6 +96,7 @@ class Fused(Trainer):
         self._stack.write(row, tensors_of(model))
         state, rest = {}, {}
         if snapshot is not None:
+            self._separate(self._stack.differing(snapshot.part("model")))
             state, rest = snapshot.part("optimizer"), snapshot.meta.get("rest", {})
             self._stack.write(row, snapshot.part("model"))
             self._stack.write_best(row, snapshot.part("best"))
@@ -152,7 +153,9 @@ class Fused(Trainer):
                     self._put_back(*kept)
                     raise
             else:
-                return {i: o for result in results for i, o in self._settle(result).items()}
+                if not self._stack.changed():
+                    return {i: o for result in results for i, o in self._settle(result).items()}
+                remedy = _nothing  # but to go back
             self._put_back(*kept)  # outside of the except block: its traceback keeps tensors alive
             remedy()
         return self._train_alone()
@@ -177,6 +180,16 @@ class Fused(Trainer):
     def _put_back(self, stack: Any, optimizer: Any) -> None:
         self._stack.put_back(stack)
         self._optimizer.put_back(optimizer)
+        self._separate(self._stack.changed())
+
+    def _separate(self, names: Collection[str]) -> None:
+        """Give each slot its own of tensors that seemed to stay the same in all."""
+        if not names:
+            return
+        fresh = tensors_of(self.recipe.fresh_model(0))
+        self._stack.separate({name: fresh[name] for name in names})
+        self._model.replays.clear()
+        log.info("each training has its own %s: some updates change it", ", ".join(sorted(names)))
 
     def _remedy(self, error: BaseException) -> Callable[[], None] | None:
         """How the same interval can be trained after all; None where it cannot."""
@@ -187,6 +200,8 @@ class Fused(Trainer):
             return self._narrow if min(self._limit, len(self._slots)) > 1 else None
         if not isinstance(error, Exception) or isinstance(error, Interrupted):
             return None
+        if self._stack.changed():
+            return _nothing
         narrower = "shares_batches" if self.shares_batches is None else "alone"
         return functools.partial(setattr, self, narrower, one_line(error))
 
@@ -295,6 +310,10 @@ class Fused(Trainer):
 
     def score(self, index: int) -> Scores:
         return score(self.recipe, self.weights(index), self._slots[index])
+
+
+def _nothing() -> None:
+    """A remedy where going back is one."""
 
 
 def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:

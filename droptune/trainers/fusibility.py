@@ -13,15 +13,21 @@ from torch import Tensor, nn
 from droptune.program.declared import branches
 from droptune.program.source import blamed
 from droptune.trainers.fused import Fused, one_line
-from droptune.trainers.recipe import Recipe
-from droptune.trainers.slot import Outcome, Trainer
+from droptune.trainers.recipe import Recipe, writes_to
+from droptune.trainers.slot import Outcome, Snapshot, Trainer
 from droptune.trainers.solo import Solo, host_state
 from droptune.training import Assignment, Seeds, Training
 
 _TRIED_EXAMPLES = 4
 _TRIED_UPDATES = 5  # of an interval: the last two of them are replayed, where that can be
 
+_NOT_OF_THE_MODEL = ("training", "_torchdynamo_wrapper_id")  # the second numbers compiled modules
+
+_ROUNDINGS = (1, -1, 3)  # of the weights, in parts of their precision
+SAME = 10.0  # times what one rounding of the weights changes
+
 Left = dict[str, Tensor]  # everything that a training leaves behind
+Distances = dict[str, float]
 T = TypeVar("T")
 
 
@@ -55,9 +61,11 @@ def _fusible(recipe: Recipe, values: Mapping[str, Any]) -> Fusibility:
         return Fusibility(False, one_line(error))
     if reason is not None:
         return Fusibility(False, reason)
-    apart = max(distance(a, b) for a, b in zip(alone, together, strict=True))
-    if not apart <= tolerance:
-        return Fusibility(False, f"tried: side by side they differ from alone by {apart:.1e}")
+    apart = [distances(a, b) for a, b in zip(alone, together, strict=True)]
+    rounding = _rounding(exact, trainings, alone)
+    if not all(_is_within(tolerance, *pair) for pair in zip(apart, rounding, strict=True)):
+        most = max(max(each.values()) for each in apart)
+        return Fusibility(False, f"tried: side by side they differ from alone by {most:.1e}")
     condition = ", where trainings see the same batches" if fused.shares_batches else ""
     return Fusibility(True, f"tried: each trains as it would alone{condition}")
 
@@ -65,7 +73,8 @@ def _fusible(recipe: Recipe, values: Mapping[str, Any]) -> Fusibility:
 def tried(recipe: Recipe, run: Callable[[Recipe], T]) -> tuple[Recipe, T, float]:
     """The recipe on a few examples, what `run` gives of it, and how far apart two such may be.
 
-    In float64, or in the recipe's precision where the model insists on it.
+    In float64, or in the recipe's precision where the model insists on it (then beside what
+    rounding changes).
     """
     exact = replace(recipe, precision="float64").tiny(_TRIED_EXAMPLES, _TRIED_UPDATES)
     try:
@@ -73,7 +82,7 @@ def tried(recipe: Recipe, run: Callable[[Recipe], T]) -> tuple[Recipe, T, float]
     except Exception:  # the model has a type of its own; what else is wrong shows below
         own = recipe.tiny(_TRIED_EXAMPLES, _TRIED_UPDATES)
         with blamed("training on the first examples"):
-            return own, run(own), 1e-2
+            return own, run(own), 1e-2 if recipe.precision == "bf16" else 1e-5
 
 
 def three_trainings(recipe: Recipe, values: Mapping[str, Any]) -> list[Training]:
@@ -87,14 +96,43 @@ def three_trainings(recipe: Recipe, values: Mapping[str, Any]) -> list[Training]
     return found
 
 
-def _train_solo(recipe: Recipe, trainings: list[Training]) -> list[Left]:
+def _train_solo(recipe: Recipe, trainings: list[Training], *, nudge: float = 0.0) -> list[Left]:
+    """One interval, two and one; `nudge` is the share that weights are off in the beginning."""
     left = []
     for training, intervals in zip(trainings, (1, 2, 1), strict=True):
         solo = Solo(recipe)
         solo.fill(0, training)
+        if nudge:
+            solo.fill(0, training, nudged(solo.snapshot(0), nudge))
         outcomes = [solo.train_interval()[0] for _ in range(intervals)]
         left.append(left_by(solo, 0, outcomes[-1]))
     return left
+
+
+def _rounding(recipe: Recipe, trainings: list[Training], alone: list[Left]) -> list[Distances]:
+    """What roundings of the weights change: optimizers make steps of whatever is left of a
+    gradient that should be 0. Several, for one may happen to change a number little."""
+    most: list[Distances] = [{} for _ in alone]
+    for share in () if recipe.precision == "float64" else _ROUNDINGS:
+        off = _train_solo(recipe, trainings, nudge=share * torch.finfo(recipe.dtype).eps)
+        for known, a, b in zip(most, alone, off, strict=True):
+            known |= {key: max(d, known.get(key, 0.0)) for key, d in distances(a, b).items()}
+    return most
+
+
+def nudged(start: Snapshot, share: float) -> Snapshot:
+    """The beginning of a training with each weight off by a share of it."""
+    tensors = {
+        name: tensor * (1 + share)
+        if name.startswith("model/") and tensor.is_floating_point()
+        else tensor
+        for name, tensor in start.tensors.items()
+    }
+    return replace(start, tensors=tensors)
+
+
+def _is_within(tolerance: float, apart: Distances, rounding: Distances) -> bool:
+    return all(d <= tolerance + SAME * rounding.get(key, 0.0) for key, d in apart.items())
 
 
 def _train_fused(fused: Fused, trainings: list[Training]) -> tuple[list[Left], str | None]:
@@ -124,13 +162,14 @@ def _shared_state(model: nn.Module, host: object, numbers: Mapping[str, float]) 
 
 
 def numbers_of(model: nn.Module, *others: object) -> dict[str, float]:
-    """The numbers that a model holds as attributes of its modules, and others as their own."""
+    """The numbers that a model holds as attributes of its modules, and others as their own; of a
+    tensor that is no buffer, how often it was written to."""
     holders = [(path or type(module).__name__, module) for path, module in model.named_modules()]
     return {
-        f"{path}.{name}": value
+        f"{path}.{name}": writes_to(value) if isinstance(value, Tensor) else value
         for path, holder in (*holders, *((type(other).__name__, other) for other in others))
         for name, value in vars(holder).items()
-        if isinstance(value, int | float) and name != "training"
+        if isinstance(value, int | float | Tensor) and name not in _NOT_OF_THE_MODEL
     }
 
 
@@ -143,14 +182,19 @@ def left_by(trainer: Trainer, index: int, outcome: Outcome) -> Left:
 
 def distance(first: Left, second: Left) -> float:
     """The largest difference, relative to each tensor's largest number."""
+    return max(distances(first, second).values(), default=0.0)
+
+
+def distances(first: Left, second: Left) -> Distances:
+    """The largest difference of each tensor, relative to its largest number."""
     if first.keys() != second.keys():
-        return math.inf
-    apart = 0.0
-    for key, a in first.items():
-        a, b = a.double(), second[key].double()
-        if a.numel():
-            scale = 1.0 + float(a.abs().max())
-            same = (a == b) | (a.isnan() & b.isnan())
-            difference = torch.where(same, 0.0, (a - b).abs().nan_to_num(math.inf))
-            apart = max(apart, float(difference.max()) / scale)
-    return apart
+        return dict.fromkeys(first.keys() ^ second.keys(), math.inf)
+    return {key: _distance(a, second[key]) for key, a in first.items() if a.numel()}
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    if not a.is_complex():
+        a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, (a - b).abs().nan_to_num(math.inf))
+    return float(difference.max()) / (1.0 + float(a.abs().max()))

@@ -72,6 +72,7 @@ class Interval:
         words = words_of(slots[0])
         self._step: Step = model.step(words, shared=shared)
         self._replays = model.replays
+        self._replace = model.stack.replace
         self._kind = rows.start, rows.stop, shared, tuple(sorted(words.items()))
 
     def _numbers_of(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
@@ -143,7 +144,10 @@ class Interval:
             if (gradient is None) != (name in self._idle):  # an optimizer leaves such weights alone
                 raise ProgramError(f"some updates train {name}, and others do not")
         for name, tensor in replaced.items():
-            self._varying[name].copy_(tensor.detach())
+            if name in self._varying:
+                self._varying[name].copy_(tensor.detach())
+            else:
+                self._replace(name)
         return [losses.detach(), *(gradient for gradient in given if gradient is not None)]
 
     @torch.no_grad()

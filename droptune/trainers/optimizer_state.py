@@ -25,6 +25,11 @@ def build(make: MakeOptimizer, model: nn.Module, assignment: Assignment) -> Opti
     weights (so biases that were left out stay out), and in all groups where none does.
     """
     optimizer = make(model, assignment.lr)
+    if not isinstance(optimizer, Optimizer):
+        raise ProgramError(
+            f"optimizer(model, lr) returned a {type(optimizer).__name__}: it must return one torch "
+            "optimizer; how its learning rate moves is said by schedule(progress)"
+        )
     own = names_of(model)
     foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
     if foreign:  # all trainings would train them together
@@ -91,7 +96,9 @@ def export_state(
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{key}/{names[id(parameter)]}"] = value.detach()
+                # of sparse gradients it may be sparse, which no snapshot holds
+                whole = value.detach().to_dense() if value.is_sparse else value.detach()
+                tensors[f"{key}/{names[id(parameter)]}"] = whole
             elif _is_plain(value):
                 rest[f"{key}/{names[id(parameter)]}"] = value
     groups = [

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from droptune.program.data import Batch, InMemory, Splits, Streamed, place, seeded
+from droptune.program.data import Batch, InMemory, Splits, Streamed, place, seeded, size_of
 from droptune.program.program import Program
 from droptune.sites.installed import Installed, Site, install
 from droptune.spec.objective import DIRECTIONS, Objective
-from droptune.trainers.feed import Feed, size_of
+from droptune.trainers.feed import Feed
 from droptune.trainers.schedule import Array, learning_rates
 from droptune.training import Assignment
 
@@ -107,7 +107,16 @@ class Recipe:
         """A new model on the device; its weights depend on `seed` alone, not on the device."""
         with seeded(seed):
             model = self.program.model()
-        return model.to(device=self.device, dtype=self.dtype)
+        if not any(tensor.is_complex() for tensor in tensors_of(model).values()):
+            return model.to(device=self.device, dtype=self.dtype)
+        model.to(device=self.device)._apply(self._in_precision)  # type: ignore[no-untyped-call]
+        return model
+
+    def _in_precision(self, tensor: Tensor) -> Tensor:
+        """Complex numbers as such, where `Module.to` would take their real parts."""
+        if tensor.is_complex():
+            return tensor.to(self.dtype.to_complex())
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def install(self, model: nn.Module) -> Installed:
         """Make the study's sites tunable in one model."""
@@ -194,6 +203,11 @@ class Recipe:
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """All weights and buffers by name; a tied one has the first of its names."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def writes_to(tensor: Tensor) -> int:
+    """How often a tensor was written to; torch does not count it of those made for inference."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def state_names(model: nn.Module) -> dict[str, str]:

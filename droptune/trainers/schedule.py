@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from droptune.errors import SpecError, nearest
+from droptune.errors import ProgramError, SpecError, nearest
 
 Array = NDArray[np.float64]
 
@@ -33,5 +34,12 @@ def rate_factors(values: Mapping[str, Any], at: Array) -> Array:
 
 def learning_rates(schedule: Callable[[float], float]) -> Callable[[Array], Array]:
     """A program's `schedule(progress)` over arrays, asked once for each progress."""
-    ask = functools.lru_cache(maxsize=1 << 16)(lambda x: float(schedule(x)))
+
+    @functools.lru_cache(maxsize=1 << 16)
+    def ask(progress: float) -> float:
+        factor = float(schedule(progress))
+        if not math.isfinite(factor):
+            raise ProgramError(f"schedule({progress:g}) is {factor}: it must be a finite factor")
+        return factor
+
     return lambda at: np.array([ask(x) for x in at.tolist()], dtype=np.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from droptune.errors import ProgramError
 from droptune.program.declared import default_values
 from droptune.sites.installed import Installed
 from droptune.trainers.optimizer_state import build, names_of
-from droptune.trainers.recipe import Recipe, tensors_of
+from droptune.trainers.recipe import Recipe, tensors_of, writes_to
 from droptune.trainers.updates import Layout
 from droptune.training import Assignment
 
@@ -44,17 +44,28 @@ def take_apart(recipe: Recipe, model: nn.Module, installed: Installed) -> Parts:
         if weight._backward_hooks or weight._post_accumulate_grad_hooks:
             raise ProgramError(f"a hook on the gradient of {name} is of one training's weight")
     optimizer = build(recipe.program.optimizer, model, Assignment({}, recipe.program.lr))
-    before = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+    own = tensors_of(model)
+    before = {name: tensor.detach().clone() for name, tensor in own.items()}
+    written = {name: writes_to(tensor) for name, tensor in own.items()}
     trained, names = _train_once(recipe, model, installed), names_of(model)
+    for name in trained:
+        if own[name].is_complex():
+            raise ProgramError(f"{name} is complex: trainings side by side hold real numbers")
     layout = Layout.of(optimizer, {k: n for k, n in names.items() if n in trained})
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     idle = {names[id(weight)] for weight in weights if weight.requires_grad} - trained
+    made = next((name for name in tensors_of(model) if name not in own), None)
+    if made is not None:
+        raise ProgramError(f"the model makes {made} when it first runs: make it in __init__")
     now, other = tensors_of(model), tensors_of(recipe.fresh_model(1))
     fixed = {name: tensor for name, tensor in before.items() if name not in layout.names}
     shared = {
         name
         for name, tensor in fixed.items()
-        if torch.equal(tensor, now[name]) and torch.equal(tensor, other[name])
+        if now[name] is own[name]  # what is written to may change with other numbers
+        and writes_to(now[name]) == written[name]
+        and torch.equal(tensor, now[name])
+        and torch.equal(tensor, other[name])
     } - idle
     return Parts(
         trained=layout,
@@ -92,6 +103,35 @@ class Stack:
         self._best: dict[str, Tensor] = {}
         if keeps_best:
             self._best = {name: torch.zeros_like(tensor) for name, tensor in self._all().items()}
+        self._written = {name: writes_to(tensor) for name, tensor in parts.shared.items()}
+        self._replaced: set[str] = set()
+
+    # -- what is shared, until a slot changes it --------------------------------------------------
+
+    def replace(self, name: str) -> None:
+        """The model has put another tensor in the place of a shared one."""
+        self._replaced.add(name)
+
+    def changed(self) -> set[str]:
+        """The shared tensors that are no longer what they were: for all slots together."""
+        shared = self.parts.shared.items()
+        return self._replaced | {n for n, t in shared if writes_to(t) != self._written[n]}
+
+    def differing(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """The shared tensors that are others among these."""
+        shared = self.parts.shared.items()
+        return {n for n, t in shared if n in tensors and not torch.equal(t, tensors[n].to(t))}
+
+    def separate(self, fresh: Mapping[str, Tensor]) -> None:
+        """Give each slot its own of tensors that were shared, as they are in a fresh model."""
+        parts, width = self.parts, len(self.weights)
+        shared = {name: tensor for name, tensor in parts.shared.items() if name not in fresh}
+        self.parts = replace(parts, shared=shared, varying={**parts.varying, **fresh})
+        for places in (self.varying, self._best) if self._best else (self.varying,):
+            places |= {n: t.detach().expand(width, *t.shape).clone() for n, t in fresh.items()}
+        self._replaced.clear()
+
+    # -- rows -------------------------------------------------------------------------------------
 
     def _all(self) -> dict[str, Tensor]:
         return {"": self.weights, **self.varying}
@@ -138,5 +178,6 @@ class Stack:
         return {name: t[:rows].to("cpu", copy=True) for name, t in self._all().items()}
 
     def put_back(self, kept: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._all().items():
-            tensor[: len(kept[name])].copy_(kept[name])  # takes no memory of the device
+        everything = self._all()
+        for name, tensor in kept.items():
+            everything[name][: len(tensor)].copy_(tensor)  # takes no memory of the device

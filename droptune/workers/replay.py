@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from droptune.errors import DroptuneError
 from droptune.program.loading import load_program
 from droptune.study import Study
+from droptune.trainers.fusibility import SAME, nudged
 from droptune.trainers.recipe import Recipe
 from droptune.trainers.slot import Snapshot
 from droptune.trainers.solo import Solo
@@ -24,7 +25,6 @@ from droptune.training import Record, Training
 
 Curves = Mapping[str, tuple[float, ...]]
 LOSS = "train/loss"
-SAME = 10.0  # times the rounding to be expected
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,7 @@ def _nudged(recipe: Recipe, training: Training) -> Snapshot:
     """The beginning of a training, every weight off by at most one rounding."""
     trainer = Solo(recipe)
     trainer.fill(0, training)
-    start = trainer.snapshot(0)
-    tensors = {
-        name: tensor * (1 + torch.finfo(tensor.dtype).eps)
-        if name.startswith("model/") and tensor.is_floating_point()
-        else tensor
-        for name, tensor in start.tensors.items()
-    }
-    return replace(start, tensors=tensors)
+    return nudged(trainer.snapshot(0), torch.finfo(recipe.dtype).eps)
 
 
 def _apart(first: tuple[float, ...], second: tuple[float, ...]) -> float:

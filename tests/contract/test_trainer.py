@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -675,6 +676,38 @@ def test_padding_gets_no_gradient_where_each_training_has_its_own_batch():
     assert_fused_is_solo(recipe, [training(recipe, k, data=k) for k in range(3)])
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", torch.optim.Adagrad])
+def test_embeddings_with_sparse_gradients_are_fused_and_resumed(optimizer):
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(11, 6, sparse=True)
+            self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(6, CLASSES))
+
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens).mean(1))
+
+    recipe = make_recipe(_classify(Bag, _tokens(22), optimizer=optimizer))
+    found = fusible(recipe)
+    assert found.ok, found.reason
+    assert what_is_lost(recipe) == []
+    undecayed = {"weight_decay": 0.0}  # of sparse gradients torch decays no weights
+    assert_fused_is_solo(recipe, [training(recipe, k, values=undecayed) for k in range(2)])
+
+
+@pytest.mark.parametrize("normalised", [spectral_norm, parametrizations.spectral_norm])
+def test_spectral_normalisation_is_fused(normalised):
+    def model():
+        first, last = nn.Conv1d(2, 4, 3), nn.Linear(16, CLASSES)
+        parts = normalised(first), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), normalised(last)
+        return nn.Sequential(*parts)
+
+    recipe = make_recipe(_classify(model, _noise(22, 2, 6)))
+    found = fusible(recipe)
+    assert found.ok, found.reason
+    assert_fused_is_solo(recipe, [training(recipe, k) for k in range(2)])
+
+
 def test_an_optimizer_that_is_not_written_out_is_stepped_slot_by_slot():
     program = _classify(Cnn, _noise(22, 1, 8, 8), lr=1e-3, optimizer=torch.optim.NAdam)
     recipe = make_recipe(program)
@@ -847,6 +880,7 @@ class _Sly(nn.Module):
         self.hidden, self.drop, self.head = nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES)
         self.shift = nn.Parameter(torch.zeros(6))
         self.how, self.calls, self.ready = how, 0, False
+        self.count = torch.tensor(0)
         if how == "hook":
             self.hidden.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
 
@@ -857,6 +891,9 @@ class _Sly(nn.Module):
         if self.how == "calls" and self.training:
             self.calls += 1
             h = h * 2 if self.calls > 5 else h
+        if self.how == "count" and self.training:
+            self.count += 1
+            h = h * torch.where(self.count > 50, 2, 1)
         if self.how == "once" and not self.ready:
             self.ready = True
             self.shift.data.copy_(-x.mean(0))
@@ -869,6 +906,7 @@ class _Sly(nn.Module):
     ("how", "reason"),
     [
         ("calls", "_Sly.calls"),
+        ("count", "_Sly.count"),
         ("hook", "a hook on the gradient of hidden.weight"),
         ("generator", "Python's generator"),
         ("input", "broadcast shape"),
@@ -939,6 +977,201 @@ def test_weights_that_some_updates_leave_alone_are_left_alone(large):
         assert_same(again.snapshot(index), alone(recipe, each, 2)[0])
 
 
+class _SeldomCounting(nn.Module):
+    """Counts the batches in which an input is large, as in the first ones or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES))
+        self.register_buffer("seen", torch.tensor(1.0))
+        self.in_place = in_place
+
+    def forward(self, x):
+        if self.training and (x > 5).any():
+            if self.in_place:
+                self.seen += 1
+            else:
+                self.seen = self.seen + 1
+        return self.net(x) * self.seen
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_buffer_that_only_some_updates_change_is_each_slots_own(in_place):
+    x = _noise(22, 6)
+    x[17, 0] = 6.0
+    model = functools.partial(_SeldomCounting, in_place)
+    recipe = make_recipe(_classify(model, x, validation=(x[:5], _labels(5))))
+    assert fusible(recipe).ok
+    first, second, late = (training(recipe, k, data=5) for k in range(3))
+    fused = Fused(recipe, 2)
+    assert set(fused._stack.parts.shared) == {"seen"}  # so it seems
+    fused.fill(0, first)
+    fused.fill(1, second)
+    fused.train_interval()
+    middle = fused.snapshot(1)
+    fused.fill(0, late)
+    fused.train_interval()
+    assert fused.alone is None
+    again = Fused(recipe, 2)  # another worker goes on with one
+    again.fill(1, second, middle)
+    again.train_interval()
+    for trainer in (fused, again):
+        assert_same(trainer.snapshot(1), alone(recipe, second, 2)[0])
+    assert_same(fused.snapshot(0), alone(recipe, late, 1)[0])
+
+
+class _Warming(nn.Module):
+    """A buffer that moves after some updates, written to in all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, CLASSES))
+        self.register_buffer("updates", torch.tensor(0))
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x):
+        if self.training:
+            self.updates += 1
+            self.scale.mul_(torch.where(self.updates > 4, 0.9, 1.0))
+        return self.net(x) * self.scale
+
+
+def test_a_buffer_that_is_written_to_is_each_slots_own_whatever_the_numbers():
+    recipe = make_recipe(_classify(_Warming, _noise(22, 6)))
+    found = fusible(recipe)
+    assert found.ok, found.reason
+    assert_fused_is_solo(recipe, [training(recipe, k) for k in range(2)], intervals=3)
+
+
+class _Spectral(nn.Module):
+    """Complex weights that its loss would take for real ones without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(4, dtype=torch.cfloat))
+        self.register_buffer("turn", torch.tensor(1j))
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.drop(torch.fft.irfft(torch.fft.rfft(x) * self.filter * self.turn, 6)))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_complex_weights_stay_complex_and_train_solo(precision):
+    recipe = make_recipe(_classify(_Spectral, _noise(22, 6)), precision=precision)
+    assert fusible(recipe).reason.startswith("filter is complex")
+    assert what_is_lost(recipe) == []
+    begun, drawn = recipe.fresh_model(3), recipe.program.model
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = drawn().filter
+    assert begun.filter.dtype == recipe.dtype.to_complex()
+    assert torch.equal(begun.filter.to(torch.cfloat), expected)
+    left, outcomes = alone(recipe, training(recipe, 0), 2)
+    assert outcomes[-1].failure is None
+    assert (left.tensors["model/filter"].imag != 0).all()
+
+
+def _by_autograd(loss, inputs):
+    inputs = inputs.clone().requires_grad_()
+    return torch.autograd.grad(loss(inputs), inputs, create_graph=True)[0]
+
+
+def _by_transform(loss, inputs):
+    return torch.func.grad(loss)(inputs)
+
+
+@pytest.mark.parametrize("slope", [_by_autograd, _by_transform])
+def test_a_loss_may_take_gradients_itself(slope):
+    class Penalised:
+        task, batch_size, epochs, lr = "classification", 8, INTERVALS, 1e-2
+
+        def model(self):
+            layers = nn.Linear(6, 8), nn.Softmax(-1), nn.Dropout(0.2), nn.Linear(8, CLASSES)
+            return nn.Sequential(*layers)
+
+        def data(self):
+            return {"train": (_noise(22, 6), _labels(22)), "test": False}
+
+        def loss(self, model, batch):
+            def plain(inputs):
+                return functional.cross_entropy(model(inputs), batch[1])
+
+            return plain(batch[0]) + 0.1 * slope(plain, batch[0]).square().sum()
+
+    recipe = make_recipe(adapt(Penalised()))
+    assert [site.path for site in recipe.sites] == ["2"]
+    fusible(recipe)  # or not: it trains
+    weights = alone(recipe, training(recipe, 0), 1)[0].part("model")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+class _Caching(nn.Module):
+    """Makes a mask when it first knows its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        if not hasattr(self, "mask"):
+            self.register_buffer("mask", torch.ones(x.shape[-1]), persistent=False)
+        return self.head(self.drop(x * self.mask))
+
+
+def test_a_buffer_that_is_made_in_the_first_forward_is_named():
+    found = fusible(make_recipe(_classify(_Caching, _noise(22, 6))))
+    assert not found.ok
+    assert found.reason.startswith("the model makes mask when it first runs")
+
+
+_CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 0.5])  # float32: with them nothing is tried in float64
+
+
+def _weighed(penalty: float, model=Mlp, **more) -> Recipe:
+    program = _classify(model, _noise(22, 6), **more)
+
+    def loss(model, batch, values):
+        asked = [weight for weight in model.parameters() if weight.requires_grad]
+        total = sum(weight.square().sum() for weight in asked)  # of none side by side
+        losses = functional.cross_entropy(model(batch[0]), batch[1], weight=_CLASS_WEIGHTS)
+        return losses + penalty * total
+
+    return make_recipe(replace(program, loss=loss), precision="float32")
+
+
+def test_what_rounding_does_not_explain_is_found_in_the_models_own_precision():
+    def plain():
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, CLASSES))
+
+    found = fusible(_weighed(1e-4, plain, optimizer="sgd"))
+    assert not found.ok
+    assert "differ from alone" in found.reason
+    for lr in (2e-3, 2e-2):  # a bias in front of a norm moves by rounding alone
+        found = fusible(_weighed(0.0, lr=lr, optimizer=_grouped))
+        assert found.ok, found.reason
+
+
+class _Inferred(nn.Module):
+    """What it holds was computed in inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(6, CLASSES)
+        with torch.inference_mode():
+            self.register_buffer("scale", torch.arange(1.0, 7.0) / 6)
+            self.shift = torch.tensor(0.5)
+
+    def forward(self, x):
+        return self.head(self.drop(x * self.scale.clone() + self.shift.clone().to(x)))
+
+
+def test_tensors_made_in_inference_mode_are_like_others():
+    recipe = make_recipe(_classify(_Inferred, _noise(22, 6)), precision="float32")
+    assert fusible(recipe).ok
+    assert Fused(recipe, 2)._stack.parts.shared.keys() == {"scale"}
+
+
 def test_a_training_that_fails_changes_nothing_for_the_others():
     class Probability(nn.Module):
         def __init__(self):
@@ -982,6 +1215,16 @@ def test_an_optimizer_of_other_tensors_than_the_models_is_refused():
 
     recipe = make_recipe(_classify(Mlp, _noise(22, 6), optimizer=make))
     with pytest.raises(ProgramError, match=r"1 tensors .* no parameters of the model"):
+        fusible(recipe)
+
+
+def test_an_optimizer_that_is_none_is_refused():
+    def make(model, lr):
+        optimizer = torch.optim.SGD(model.parameters(), lr)
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    recipe = make_recipe(_classify(Mlp, _noise(22, 6), optimizer=make))
+    with pytest.raises(ProgramError, match=r"returned a tuple: .* schedule\(progress\)"):
         fusible(recipe)
 
 
@@ -1131,6 +1374,41 @@ def test_batches_of_sequences_need_not_be_equally_long(passes):
     assert len(examples["nll"]) == recipe.data(0, "test").n
     assert float(examples["nll"].mean()) == pytest.approx(scores.metrics["nll"])
     assert "logits" not in examples
+
+
+class _Named(torch.utils.data.Dataset):
+    """Examples with a name each, first in every batch."""
+
+    def __len__(self) -> int:
+        return 25
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        return {"name": f"image {i}", "x": torch.full((6,), i / 25), "labels": i % CLASSES}
+
+    @staticmethod
+    def collate(examples: list[dict[str, object]]) -> dict[str, object]:
+        x, labels = torch.utils.data.default_collate([(e["x"], e["labels"]) for e in examples])
+        return {"name": [each["name"] for each in examples], "x": x, "labels": labels}
+
+
+class _Reading(Mlp):
+    def forward(self, x, name):
+        assert len(name) == len(x)
+        assert name[-1].startswith("image")
+        return super().forward(x)
+
+
+def test_what_is_no_tensor_comes_with_its_examples():
+    data = DataLoader(_Named(), batch_size=8, collate_fn=_Named.collate)
+    program = classification(
+        model=_Reading, train=data, validation=data, test=False,
+        optimizer="sgd", epochs=3, lr=2e-3,
+    )  # fmt: skip
+    program.check()
+    recipe = make_recipe(program, accumulate=3)
+    assert [update.size for update in recipe.feed(0).interval([0], [0], 3)] == [8, 8, 9]
+    assert fusible(recipe).ok
+    assert_fused_is_solo(recipe, [training(recipe, k, data=0) for k in range(2)])
 
 
 def test_own_metrics_need_batches_of_one_length():

@@ -25,6 +25,8 @@ def snapshot(interval: int = 3) -> Snapshot:
         "model/count": torch.tensor(7),
         "model/flag": torch.tensor([True, False]),
         "optimizer/exp_avg/weight": torch.randn(2, 3).to(torch.bfloat16),
+        "model/spectrum": torch.randn(3, dtype=torch.complex64),
+        "model/filter": torch.randn(2, 3, dtype=torch.complex128).T,
         "best/weight": torch.zeros(0),
     }
     return Snapshot(interval, tensors, META)
@@ -77,7 +79,7 @@ def test_a_snapshot_comes_back_as_it_was(store):
 
 
 def test_parts_of_a_snapshot():
-    assert set(snapshot().part("model")) == {"weight", "count", "flag"}
+    assert set(snapshot().part("model")) == {"weight", "count", "flag", "spectrum", "filter"}
     assert set(snapshot().part("optimizer")) == {"exp_avg/weight"}
 
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from droptune.errors import SpecError
-from droptune.preparation import _chance, prepare
+from droptune.errors import ProgramError, SpecError
+from droptune.preparation import _chance, _in_vain, prepare
 from droptune.program.long_form import adapt
 from droptune.program.short_form import regression
 from droptune.sites.installed import find_program_sites
 from droptune.spec.objective import Objective
 from droptune.spec.spec import StudySpec
 from droptune.trainers.recipe import Recipe
+from droptune.trainers.resumption import what_is_lost
 
 OWN = """
 import torch
@@ -50,6 +51,67 @@ def test_an_untrained_loss_is_of_all_the_training_data_not_of_the_first():
     y = torch.linspace(0, 3, 400).square().unsqueeze(1)
     program = regression(model=net, train=(torch.ones(400, 2), y), batch_size=32, epochs=9, lr=1e-2)
     assert 8 < _chance(program) < 24  # the mean of y squared is 16
+
+
+def _compiled():
+    def refuse(*_):
+        raise RuntimeError("No working C++ compiler found")
+
+    return nn.Sequential(torch.compile(net(), backend=refuse))
+
+
+def test_nothing_compiles_a_model_before_it_trains_as_it_is_written():
+    class Compiled:
+        batch_size, epochs, lr, model = 4, 9, 1e-2, staticmethod(_compiled)
+
+        def data(self):
+            return {"train": (torch.ones(20, 2), torch.ones(20, 1)), "test": False}
+
+        def loss(self, model, batch):
+            return (model(batch[0]) - batch[1]).square().mean()
+
+        def metrics(self, predictions, targets):
+            return {"loss": (predictions - targets).square().mean()}
+
+    program = adapt(Compiled())
+    program.check()
+    assert program.metric_names == ("loss",)
+    assert _chance(program) > 0
+    recipe = Recipe(program, find_program_sites(program).sites, Objective("loss"))
+    assert what_is_lost(recipe) == []
+
+
+def test_an_untrained_loss_may_be_of_gradients():
+    class Steep:
+        batch_size, epochs, lr, model = 4, 9, 1e-2, staticmethod(net)
+
+        def data(self):
+            return {"train": (torch.ones(20, 2), torch.ones(20, 1)), "test": False}
+
+        def loss(self, model, batch):
+            x = batch[0].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            return slope.square().mean()
+
+    assert _chance(adapt(Steep())) > 0
+
+
+def _regressing(**more) -> Recipe:
+    data = torch.ones(20, 2), torch.ones(20, 1)
+    program = regression(model=net, train=data, batch_size=4, epochs=9, lr=1e-2, **more)
+    return Recipe(program, find_program_sites(program).sites, Objective("mse"))
+
+
+def test_an_optimizer_that_leaves_the_learning_rate_aside_is_noticed():
+    stubborn = _regressing(optimizer=lambda model, lr: torch.optim.SGD(model.parameters(), 0.1))
+    assert "searched in vain" in _in_vain(stubborn)[0]
+    assert _in_vain(_regressing()) == []
+
+
+def test_a_schedule_that_is_not_finite_is_refused():
+    broken = _regressing(schedule=lambda progress: float("nan") if progress > 0.1 else 1.0)
+    with pytest.raises(ProgramError, match=r"schedule\(0.2\) is nan: it must be a finite factor"):
+        broken.learning_rates(np.array([0.0, 0.2]))
 
 
 def test_an_untrained_loss_is_the_highest_that_searched_values_make_it():

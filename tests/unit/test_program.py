@@ -299,6 +299,13 @@ class Broken(nn.Module):
         raise RuntimeError("mat1 and mat2\ncannot be multiplied")
 
 
+class Late(nn.Linear):
+    def forward(self, x):
+        if not hasattr(self, "head"):
+            self.head = nn.Linear(4, 4)
+        return self.head(super().forward(x))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -316,6 +323,7 @@ class Broken(nn.Module):
         ({"model": lambda: 3}, "model.. returned a int"),
         ({"model": lambda: nn.DataParallel(net())}, "a DataParallel: a trial fits one device"),
         ({"model": lambda: nn.LazyLinear(4)}, "weight has no shape yet"),
+        ({"model": lambda: Late(3, 4)}, "the model makes head.weight when it first runs"),
         ({"model": lambda: nn.Linear(3, 4).requires_grad_(False)}, "nothing to train"),
         ({"model": infinite}, "the loss of the first examples is nan"),
         ({"model": lambda: nn.Unflatten(1, (3, 1, 1))}, "does not fit class numbers"),
@@ -400,6 +408,40 @@ def test_the_long_form_with_everything():
 def test_wrong_long_forms(changes, said):
     with pytest.raises(ProgramError, match=said):
         adapt(type("Wrong", (Long,), changes)).check()
+
+
+def _predicting(predict, metrics=lambda self, predictions, targets: {"loss": 0.0}):
+    return adapt(type("Odd", (Long,), {"predict": predict, "metrics": metrics}))
+
+
+@pytest.mark.parametrize(
+    ("predict", "said"),
+    [
+        (lambda self, model, batch: model(batch[0]), "a Tensor: it must return .predictions"),
+        (lambda self, model, batch: (model(batch[0]), *batch), "a tuple of Tensor, Tensor, Tensor"),
+        (lambda self, model, batch: ({"a": batch[1]}, batch[1]), "a tuple of dict, Tensor"),
+        (lambda self, model, batch: (model(batch[0]), None), "a tuple of Tensor, NoneType"),
+    ],
+)
+def test_predictions_that_are_no_pair_of_tensors_are_refused(predict, said):
+    with pytest.raises(ProgramError, match=f"predict.* returned {said}"):
+        _predicting(predict).check()
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ([1.0], "returned a list, not a dict"),
+        ({"hits": torch.ones(3)}, r"gave 'hits' as shape \(3,\)"),
+        ({"word": "good"}, "gave 'word' as 'good'"),
+    ],
+)
+def test_metrics_that_are_no_named_numbers_are_refused(measured, said):
+    program = _predicting(
+        lambda self, model, batch: (model(batch[0]), batch[1]), lambda self, *pair: measured
+    )
+    with pytest.raises(ProgramError, match=said):
+        print(program.metric_names)
 
 
 # --- files --------------------------------------------------------------------------------
