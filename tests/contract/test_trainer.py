@@ -42,8 +42,10 @@ from droptune.trainers.stack import take_apart
 from droptune.trainers.tape import Tape
 from droptune.training import Assignment, Seeds, Training, TrainingKind
 
+NOT_SIMULATED = "the simulated accelerator has no sparse or complex tensors"
 TOLERANCE = 1e-9
 DEVICE = torch.device(os.environ.get("DROPTUNE_TEST_DEVICE", "cpu"))
+dense_and_real = pytest.mark.skipif(DEVICE.type == "sim", reason=NOT_SIMULATED)
 Replay = Tape if DEVICE.type == "cpu" else Captured
 INTERVALS = 4
 CLASSES = 3
@@ -676,6 +678,7 @@ def test_padding_gets_no_gradient_where_each_training_has_its_own_batch():
     assert_fused_is_solo(recipe, [training(recipe, k, data=k) for k in range(3)])
 
 
+@dense_and_real
 @pytest.mark.parametrize("optimizer", ["sgd", torch.optim.Adagrad])
 def test_embeddings_with_sparse_gradients_are_fused_and_resumed(optimizer):
     class Bag(nn.Module):
@@ -1056,6 +1059,7 @@ class _Spectral(nn.Module):
         return self.head(self.drop(torch.fft.irfft(torch.fft.rfft(x) * self.filter * self.turn, 6)))
 
 
+@dense_and_real
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_complex_weights_stay_complex_and_train_solo(precision):
     recipe = make_recipe(_classify(_Spectral, _noise(22, 6)), precision=precision)
@@ -1115,7 +1119,7 @@ class _Caching(nn.Module):
 
     def forward(self, x):
         if not hasattr(self, "mask"):
-            self.register_buffer("mask", torch.ones(x.shape[-1]), persistent=False)
+            self.register_buffer("mask", x.new_ones(x.shape[-1]), persistent=False)
         return self.head(self.drop(x * self.mask))
 
 
@@ -1134,7 +1138,8 @@ def _weighed(penalty: float, model=Mlp, **more) -> Recipe:
     def loss(model, batch, values):
         asked = [weight for weight in model.parameters() if weight.requires_grad]
         total = sum(weight.square().sum() for weight in asked)  # of none side by side
-        losses = functional.cross_entropy(model(batch[0]), batch[1], weight=_CLASS_WEIGHTS)
+        weight = _CLASS_WEIGHTS.to(batch[1].device)
+        losses = functional.cross_entropy(model(batch[0]), batch[1], weight=weight)
         return losses + penalty * total
 
     return make_recipe(replace(program, loss=loss), precision="float32")
