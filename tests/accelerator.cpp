@@ -21,6 +21,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <map>
 #include <set>
 #include <vector>
 
@@ -371,14 +372,21 @@ const Tensor& resize(const Tensor& self, c10::IntArrayRef size, std::optional<c1
 
 struct Graph final : at::GraphImplInterface {
   explicit Graph(const at::GraphImplArgs&) {}
+  ~Graph() override { reset(); }
   void capture_begin(at::MempoolId_t pool, at::GraphCaptureMode) override {
     TORCH_CHECK(current_stream != 0, "sim: graphs are captured on a stream of their own");
     TORCH_CHECK(capturing == nullptr, "sim: another graph is captured");
-    pool_ = pool.first || pool.second ? pool : at::MempoolId_t{++pools, 0};
     reset();
+    const bool shared = pool.first || pool.second;
+    TORCH_CHECK(!shared || users[pool.first] > 0, "sim: all graphs of this pool are gone");
+    pool_ = shared ? pool : at::MempoolId_t{++pools, 0};
+    ++users[pool_.first];
     capturing = &capture_;
   }
-  void capture_end() override { capturing = nullptr; }
+  void capture_end() override {
+    capturing = nullptr;
+    ended_ = true;
+  }
   void instantiate() override {}
   void replay() override {
     ++launches;
@@ -401,7 +409,11 @@ struct Graph final : at::GraphImplInterface {
       }
     }
   }
-  void reset() override { capture_ = {}; }
+  void reset() override {
+    if (ended_) --users[pool_.first];
+    ended_ = false;
+    capture_ = {};
+  }
   at::MempoolId_t pool() const override { return pool_; }
   void enable_debug_mode() override {}
   void debug_dump(const std::string&) override {}
@@ -417,7 +429,9 @@ struct Graph final : at::GraphImplInterface {
   }
 
   inline static std::atomic<uint64_t> pools{0};
+  inline static std::map<uint64_t, int> users;  // graphs of a pool
   at::MempoolId_t pool_{0, 0};
+  bool ended_ = false;
   Capture capture_;
 };
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,8 +17,15 @@ class GraphPool:
     """Memory that operations need for themselves, and the stream on which graphs are captured;
     shared by graphs of one device that never run at once."""
 
-    memory: Any = None  # the first graph's
-    stream: torch.Stream | None = None
+    def __init__(self) -> None:
+        self.stream: torch.Stream | None = None
+        self.graphs: WeakSet[Any] = WeakSet()
+
+    @property
+    def memory(self) -> Any:
+        """That of its graphs; None where there are none, or none any longer: torch lets nobody
+        use a memory again that all its graphs have left."""
+        return next((graph.pool() for graph in self.graphs), None)
 
 
 class Captured:
@@ -43,7 +51,7 @@ class Captured:
                 raise
             self._graph.capture_end()
         here.wait_stream(aside)
-        pool.memory = self._graph.pool()
+        pool.graphs.add(self._graph)
 
     def play(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs for these inputs, until a tape of the same pool is played again."""

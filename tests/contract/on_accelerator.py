@@ -187,6 +187,16 @@ def test_graphs_of_one_pool_are_right_in_turn():
     assert replayed.replayed == 2
 
 
+def test_a_graph_is_captured_after_all_others_of_its_pool_have_gone():
+    pool = GraphPool()
+    for number in range(3):
+        x = numbers(number, 3)
+        _, recording = record(lambda x: [x.exp()], [x.clone()])
+        graph = Captured(Tape(recording, Pool()), DEVICE, pool)
+        assert torch.equal(graph.play([x])[0], x.exp())
+        del graph
+
+
 def test_a_graph_that_is_not_faster_is_given_up(monkeypatch):
     monkeypatch.setattr(replays, "_is_faster", lambda seconds: not seconds)
     calls, replayed = [], Replays(lambda: None)
