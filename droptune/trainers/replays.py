@@ -94,7 +94,11 @@ class Replays:
         if known.replay is None:
             return function(*inputs)
         if leaves[0].device.type != "cpu" and known.calls <= WRITTEN[-1]:
-            return _timed(known, lambda: function(*inputs), leaves)
+            outputs = _timed(known, lambda: function(*inputs), leaves)
+            if known.calls == WRITTEN[-1] and not _is_faster(known.seconds):
+                self._give_up(known)
+                known.recording, known.never = None, True
+            return outputs
         with _blamed_on_replay():
             return known.replay.play(leaves)
 
@@ -105,7 +109,7 @@ class Replays:
         known.never = leaves[0].device.type == "cpu" and recording.peak > LIMIT
         alike = known.recording is not None and known.recording.repeats(recording)
         if known.never or not alike:
-            known.replay = None
+            self._give_up(known)
         elif known.replay is None:
             with _blamed_on_replay():
                 known.replay = self._replay(recording, leaves[0].device)
@@ -121,6 +125,11 @@ class Replays:
         except Exception as error:  # whatever a device or a driver says
             log.debug("replayed without a graph: %s", error)
             return tape  # without what is around operations, and with a launch for each
+
+    def _give_up(self, known: _Kind) -> None:
+        """End a kind's replay, and give back the memory that no other one is in."""
+        if known.replay is not None:
+            known.replay, self._pool = None, Pool()
 
     def _kind(self, key: Hashable) -> _Kind | None:
         """What is known of a kind; None where too many others are in use."""
@@ -140,7 +149,7 @@ class Replays:
 def _timed(
     known: _Kind, written: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """One of the calls that tell whether a replay is faster; it is given up after the last if not.
+    """One of the calls that tell whether a replay is faster.
 
     The shortest of each way counts. So few waits for the device are not noticed.
     """
@@ -156,8 +165,6 @@ def _timed(
     torch.accelerator.synchronize(leaves[0].device)
     way, seconds = TRIED if tried else WRITTEN, time.perf_counter() - started
     known.seconds[way] = min(seconds, known.seconds.get(way, math.inf))
-    if known.calls == WRITTEN[-1] and not _is_faster(known.seconds):
-        known.replay, known.recording, known.never = None, None, True
     return outputs
 
 

@@ -5,6 +5,7 @@ On a GPU: `DROPTUNE_TEST_DEVICE=cuda pytest` with this file and `test_trainer.py
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -204,6 +205,17 @@ def test_a_graph_that_is_not_faster_is_given_up(monkeypatch):
         replayed.run(lambda x: (calls.append(1), [x + 1])[1], (numbers(0, 3),), "kind")
     assert replayed.replayed == 0
     assert len(calls) == CALLS - 3  # three were tried
+
+
+def test_what_is_given_up_holds_no_memory(monkeypatch):
+    replayed, x = Replays(lambda: None), numbers(0, 1000)
+    for kind in (False, True):  # the second one is replayed
+        before = used_memory(DEVICE, reset=True)
+        monkeypatch.setattr(replays, "_is_faster", lambda _, kept=kind: kept)
+        for _ in range(9):
+            replayed.run(lambda x: [(x.exp() + x.sin()).sum()], (x,), kind)
+        gc.collect()
+        assert (used_memory(DEVICE, reset=True) - before > 8000) == kind
 
 
 def test_times_are_compared():
