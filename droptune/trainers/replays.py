@@ -58,11 +58,11 @@ class Replays:
 
     def __init__(self, forget: Callable[[], None]) -> None:
         self._forget = forget
-        self._on = True
         self.clear()
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Give all memory back, and begin anew."""
+        self._on = True
         self._known: dict[Hashable, _Kind] = {}
         self._calls = 0
         self._pool, self._graph_pool = Pool(), GraphPool()
@@ -74,8 +74,8 @@ class Replays:
 
     def stop(self) -> None:
         """Run everything as it is written from now on."""
-        self._on = False
         self.clear()
+        self._on = False
 
     def run(self, function: Function, inputs: Any, kind: Hashable) -> Sequence[Tensor]:
         """What `function(*inputs)` gives, which may change at the next call.

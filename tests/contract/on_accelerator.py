@@ -339,6 +339,27 @@ def test_replays_for_which_memory_is_too_small_do_not_narrow_the_group(name, mon
         assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
 
 
+def test_replays_are_given_up_before_the_group_is_made_narrower(monkeypatch):
+    """Where the memory that they hold is missing elsewhere."""
+    recipe = recipe_of("cnn")
+    _, expected = left_after(recipe, replayed=True)
+    seen, looked = [], replays.Replays._look
+
+    def look(known, *given):
+        seen.append(known.replayed)
+        if known.replayed:
+            raise torch.OutOfMemoryError("sim out of memory")
+        return looked(known, *given)
+
+    monkeypatch.setattr(replays.Replays, "_look", look)
+    fused, found = left_after(recipe, replayed=True)
+    assert any(seen)
+    assert fused._limit == fused.width
+    assert fused._model.replays.replayed == 0
+    for tensors, others in zip(found, expected, strict=True):
+        assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+
+
 def test_a_width_is_measured_within_the_memory_of_the_device(limited):
     recipe = make_recipe(_classify(Large, _noise(256, 6), 256, batch_size=256))
     limited(100 * 2**20)
