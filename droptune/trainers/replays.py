@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from droptune.trainers.captured import Captured, GraphPool
+from droptune.trainers.captured import Captured, GraphPool, needs_host
 from droptune.trainers.memory import has_own_memory
 from droptune.trainers.recording import Recording, record
 from droptune.trainers.tape import Pool, Tape
@@ -118,7 +118,7 @@ class Replays:
 
     def _replay(self, recording: Recording, device: torch.device) -> Tape | Captured:
         tape = Tape(recording, self._pool)
-        if device.type == "cpu":
+        if device.type == "cpu" or needs_host(recording):
             return tape
         try:
             return Captured(tape, device, self._graph_pool)

@@ -223,6 +223,31 @@ def test_times_are_compared():
     assert not _is_faster({TRIED: 2.0, WRITTEN: 2.0})
 
 
+def test_numbers_of_the_host_are_read_and_changed_in_every_call():
+    """A graph would keep the number, and change nothing."""
+    count, factor = torch.zeros(()), torch.tensor(3.0)
+    replayed, x = Replays(lambda: None), numbers(0, 2)
+    for number in range(1, CALLS):
+        found = replayed.run(lambda x: [x * count.add_(1) * factor], (x,), "changed")
+        assert torch.equal(found[0], x * number * 3)
+        found = replayed.run(lambda x: [x * (factor * 2)], (x,), "read")
+        assert torch.equal(found[0], x * 6)
+    kinds = [type(known.replay) for known in replayed._known.values()]
+    assert kinds == [Tape, Captured]
+
+
+def test_what_cannot_be_captured_is_not_tried(monkeypatch):
+    """torch keeps the memory of a capture that fails."""
+    tried: list[int] = []
+    monkeypatch.setattr(replays, "Captured", lambda *_: tried.append(1))
+    table, replayed = torch.arange(3.0), Replays(lambda: None)
+    for number in range(CALLS):
+        x = numbers(number, 3)
+        found = replayed.run(lambda x: [x + table.to(x.device), x.cpu()], (x,), "kind")
+        assert all(map(torch.equal, found, [x + table.to(DEVICE), x.cpu()]))
+    assert (replayed.replayed, tried) == (1, [])
+
+
 def test_memory_that_a_graph_uses_stays():
     weights, x = [numbers(0, 3)], numbers(1, 3)
     expected = x * weights[0]
