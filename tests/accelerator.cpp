@@ -23,6 +23,7 @@
 #include <cstring>
 #include <map>
 #include <set>
+#include <sstream>
 #include <vector>
 
 namespace {
@@ -306,6 +307,16 @@ void operation(const c10::OperatorHandle& op, Stack* stack) {
   else capture(op, stack, *graph);
 }
 
+// At the first convolution of these shapes in a thread, cuDNN may time its kernels.
+void convolution(const c10::OperatorHandle& op, Stack* stack) {
+  thread_local std::set<std::string> known;
+  std::ostringstream shapes;
+  shapes << op.schema().name();
+  for (const Tensor& t : tensors(c10::ArrayRef<c10::IValue>(*stack))) shapes << t.sizes();
+  if (known.insert(shapes.str()).second) refuse("looking for the fastest kernel");
+  operation(op, stack);
+}
+
 Tensor empty(c10::IntArrayRef size, std::optional<c10::ScalarType> dtype,
              std::optional<c10::Layout>, std::optional<c10::Device>, std::optional<bool>,
              std::optional<c10::MemoryFormat> format) {
@@ -454,7 +465,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   for (auto name : {"convolution_overrideable", "convolution_backward_overrideable"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&operation>());
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
   m.impl("_copy_from", copy_from);

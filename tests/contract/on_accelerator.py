@@ -27,6 +27,7 @@ from test_trainer import (
     training,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from droptune.sites import kernel, masks
 from droptune.trainers import replays
@@ -177,6 +178,19 @@ def test_what_a_function_remembers_is_computed_in_the_graph_and_not_left_to_othe
         assert torch.equal(replayed.run(remembering, (x,), "kind")[0], x.exp() + 1)
 
 
+def test_what_libraries_do_at_a_first_call_is_not_left_to_a_capture():
+    """The recorded convolutions of the backward pass were done by another thread."""
+    weights, replayed = numbers(0, 3, 1, 2, 2).requires_grad_(), Replays(lambda: None)
+
+    def gradient(x):
+        return torch.autograd.grad(functional.conv2d(x, weights).square().sum(), weights)
+
+    for number in range(CALLS):
+        x = numbers(number, 4, 1, 7, 7)
+        torch.testing.assert_close(replayed.run(gradient, (x,), "kind"), gradient(x))
+    assert [type(known.replay) for known in replayed._known.values()] == [Captured]
+
+
 def test_graphs_of_one_pool_are_right_in_turn():
     replayed = Replays(lambda: None)
     for number in range(CALLS):
@@ -216,6 +230,20 @@ def test_what_is_given_up_holds_no_memory(monkeypatch):
             replayed.run(lambda x: [(x.exp() + x.sin()).sum()], (x,), kind)
         gc.collect()
         assert (used_memory(DEVICE, reset=True) - before > 8000) == kind
+
+
+def test_replays_that_are_made_late_are_tried_as_well(monkeypatch):
+    """As of a function that does something else in its third call."""
+    monkeypatch.setattr(replays, "_is_faster", lambda seconds: seconds.keys() != {TRIED, WRITTEN})
+    calls, replayed = [], Replays(lambda: None)
+    for _ in range(CALLS):
+        replayed.run(
+            lambda x: (calls.append(1), [x + 1 if len(calls) > 2 else x - 1])[1],
+            (numbers(0, 3),),
+            "kind",
+        )
+    assert replayed.replayed == 0
+    assert len(calls) == CALLS - 3
 
 
 def test_times_are_compared():
