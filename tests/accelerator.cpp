@@ -46,6 +46,7 @@ struct Capture {
   std::vector<Call> calls;
   std::set<const void*> own;  // memory that was allocated while it was captured
   std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> used;  // memory of others
+  bool refused = false;
 };
 std::atomic<Capture*> capturing{nullptr};
 
@@ -209,7 +210,9 @@ Tensor on_host(const Tensor& tensor) {
 }
 
 void refuse(const char* what) {
-  TORCH_CHECK(capturing == nullptr, "sim: ", what, " is not permitted while a graph is captured");
+  auto* graph = capturing.load();
+  if (graph != nullptr) graph->refused = true;
+  TORCH_CHECK(graph == nullptr, "sim: ", what, " is not permitted while a graph is captured");
 }
 
 // The CPU has no operations of these two names.
@@ -300,8 +303,24 @@ void capture(const c10::OperatorHandle& op, Stack* stack, Capture& graph) {
   graph.calls.push_back(Call{op, std::move(arguments), std::move(results)});
 }
 
+// Whether CUDA's kernel asks the device how many places there are.
+bool waits(const c10::OperatorHandle& op, const Stack& stack) {
+  static const std::set<std::string> always{"aten::nonzero", "aten::masked_select", "aten::_unique2"};
+  const auto& name = op.schema().name();
+  if (always.count(name)) return true;
+  if (name.rfind("aten::index", 0) != 0 && name.rfind("aten::_index_put", 0) != 0) return false;
+  const auto& second = *(stack.end() - op.schema().arguments().size() + 1);
+  const auto places = second.isList() ? tensors(second) : std::vector<Tensor>{};
+  return std::any_of(places.begin(), places.end(),
+                     [](const Tensor& t) { return t.scalar_type() == at::kBool; });
+}
+
 void operation(const c10::OperatorHandle& op, Stack* stack) {
   ++launches;
+  if (waits(op, *stack)) {
+    refuse("an operation that waits");
+    ++reads;
+  }
   auto* graph = capturing.load();
   if (graph == nullptr) run(op, stack);
   else capture(op, stack, *graph);
@@ -396,7 +415,8 @@ struct Graph final : at::GraphImplInterface {
   }
   void capture_end() override {
     capturing = nullptr;
-    ended_ = true;
+    TORCH_CHECK(!capture_.refused, "sim: something was refused in this capture");
+    ended_ = true;  // its pool is kept for good where it did not end, as by torch 2.13
   }
   void instantiate() override {}
   void replay() override {

@@ -276,6 +276,25 @@ def test_what_cannot_be_captured_is_not_tried(monkeypatch):
     assert (replayed.replayed, tried) == (1, [])
 
 
+def test_what_waits_for_the_device_is_replayed_without_a_graph():
+    def zeroed(x):
+        x = x.clone()
+        x[x > 0] = x.new_zeros(1)
+        return [x, x[:1] * 2]
+
+    replayed = Replays(lambda: None)
+    for number in range(CALLS):
+        for shape in ((3,), (4,)):
+            x = numbers(number, *shape)
+            found = replayed.run(zeroed, (x,), "kind")
+            assert all(map(torch.equal, found, zeroed(x)))
+            y = replayed.run(lambda x: [x * 2], (x,), "another")
+            assert torch.equal(y[0], x * 2)
+    kinds = [type(known.replay) for known in replayed._known.values()]
+    assert kinds == [Tape, Captured, Tape, Captured]
+    empty_cache(DEVICE)
+
+
 def test_memory_that_a_graph_uses_stays():
     weights, x = [numbers(0, 3)], numbers(1, 3)
     expected = x * weights[0]
