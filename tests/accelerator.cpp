@@ -21,7 +21,9 @@
 
 #include <atomic>
 #include <cstring>
+#include <map>
 #include <set>
+#include <sstream>
 #include <vector>
 
 namespace {
@@ -44,6 +46,7 @@ struct Capture {
   std::vector<Call> calls;
   std::set<const void*> own;  // memory that was allocated while it was captured
   std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> used;  // memory of others
+  bool refused = false;
 };
 std::atomic<Capture*> capturing{nullptr};
 
@@ -207,7 +210,9 @@ Tensor on_host(const Tensor& tensor) {
 }
 
 void refuse(const char* what) {
-  TORCH_CHECK(capturing == nullptr, "sim: ", what, " is not permitted while a graph is captured");
+  auto* graph = capturing.load();
+  if (graph != nullptr) graph->refused = true;
+  TORCH_CHECK(graph == nullptr, "sim: ", what, " is not permitted while a graph is captured");
 }
 
 // The CPU has no operations of these two names.
@@ -298,11 +303,37 @@ void capture(const c10::OperatorHandle& op, Stack* stack, Capture& graph) {
   graph.calls.push_back(Call{op, std::move(arguments), std::move(results)});
 }
 
+// Whether CUDA's kernel asks the device how many places there are.
+bool waits(const c10::OperatorHandle& op, const Stack& stack) {
+  static const std::set<std::string> always{"aten::nonzero", "aten::masked_select", "aten::_unique2"};
+  const auto& name = op.schema().name();
+  if (always.count(name)) return true;
+  if (name.rfind("aten::index", 0) != 0 && name.rfind("aten::_index_put", 0) != 0) return false;
+  const auto& second = *(stack.end() - op.schema().arguments().size() + 1);
+  const auto places = second.isList() ? tensors(second) : std::vector<Tensor>{};
+  return std::any_of(places.begin(), places.end(),
+                     [](const Tensor& t) { return t.scalar_type() == at::kBool; });
+}
+
 void operation(const c10::OperatorHandle& op, Stack* stack) {
   ++launches;
+  if (waits(op, *stack)) {
+    refuse("an operation that waits");
+    ++reads;
+  }
   auto* graph = capturing.load();
   if (graph == nullptr) run(op, stack);
   else capture(op, stack, *graph);
+}
+
+// At the first convolution of these shapes in a thread, cuDNN may time its kernels.
+void convolution(const c10::OperatorHandle& op, Stack* stack) {
+  thread_local std::set<std::string> known;
+  std::ostringstream shapes;
+  shapes << op.schema().name();
+  for (const Tensor& t : tensors(c10::ArrayRef<c10::IValue>(*stack))) shapes << t.sizes();
+  if (known.insert(shapes.str()).second) refuse("looking for the fastest kernel");
+  operation(op, stack);
 }
 
 Tensor empty(c10::IntArrayRef size, std::optional<c10::ScalarType> dtype,
@@ -371,14 +402,22 @@ const Tensor& resize(const Tensor& self, c10::IntArrayRef size, std::optional<c1
 
 struct Graph final : at::GraphImplInterface {
   explicit Graph(const at::GraphImplArgs&) {}
+  ~Graph() override { reset(); }
   void capture_begin(at::MempoolId_t pool, at::GraphCaptureMode) override {
     TORCH_CHECK(current_stream != 0, "sim: graphs are captured on a stream of their own");
     TORCH_CHECK(capturing == nullptr, "sim: another graph is captured");
-    pool_ = pool.first || pool.second ? pool : at::MempoolId_t{++pools, 0};
     reset();
+    const bool shared = pool.first || pool.second;
+    TORCH_CHECK(!shared || users[pool.first] > 0, "sim: all graphs of this pool are gone");
+    pool_ = shared ? pool : at::MempoolId_t{++pools, 0};
+    ++users[pool_.first];
     capturing = &capture_;
   }
-  void capture_end() override { capturing = nullptr; }
+  void capture_end() override {
+    capturing = nullptr;
+    TORCH_CHECK(!capture_.refused, "sim: something was refused in this capture");
+    ended_ = true;  // its pool is kept for good where it did not end, as by torch 2.13
+  }
   void instantiate() override {}
   void replay() override {
     ++launches;
@@ -401,7 +440,11 @@ struct Graph final : at::GraphImplInterface {
       }
     }
   }
-  void reset() override { capture_ = {}; }
+  void reset() override {
+    if (ended_) --users[pool_.first];
+    ended_ = false;
+    capture_ = {};
+  }
   at::MempoolId_t pool() const override { return pool_; }
   void enable_debug_mode() override {}
   void debug_dump(const std::string&) override {}
@@ -417,7 +460,9 @@ struct Graph final : at::GraphImplInterface {
   }
 
   inline static std::atomic<uint64_t> pools{0};
+  inline static std::map<uint64_t, int> users;  // graphs of a pool
   at::MempoolId_t pool_{0, 0};
+  bool ended_ = false;
   Capture capture_;
 };
 
@@ -440,7 +485,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   for (auto name : {"convolution_overrideable", "convolution_backward_overrideable"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&operation>());
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
   m.impl("_copy_from", copy_from);

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from droptune.trainers.tape import Tape
+from droptune.trainers.recording import Operation, Recording
+from droptune.trainers.tape import COPIES, Tape
 
 
 class GraphPool:
     """Memory that operations need for themselves, and the stream on which graphs are captured;
     shared by graphs of one device that never run at once."""
 
-    memory: Any = None  # the first graph's
-    stream: torch.Stream | None = None
+    def __init__(self) -> None:
+        self.stream: torch.Stream | None = None
+        self.graphs: WeakSet[Any] = WeakSet()
+
+    @property
+    def memory(self) -> Any:
+        """That of its graphs; None where there are none, or none any longer: torch lets nobody
+        use a memory again that all its graphs have left."""
+        return next((graph.pool() for graph in self.graphs), None)
 
 
 class Captured:
-    """Plays a tape without a launch for each of its calls.
+    """Plays a tape, one that does not need the host, without a launch for each of its calls.
 
     They are done once more for it, but nothing is computed: a graph keeps them with all addresses,
-    and a tape's memory stays in place. Raises what the device says where a call needs the host.
+    and a tape's memory stays in place. Raises what the device says where it cannot keep a call.
     """
 
     def __init__(self, tape: Tape, device: torch.device, pool: GraphPool) -> None:
@@ -43,13 +52,29 @@ class Captured:
                 raise
             self._graph.capture_end()
         here.wait_stream(aside)
-        pool.memory = self._graph.pool()
+        pool.graphs.add(self._graph)
 
     def play(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs for these inputs, until a tape of the same pool is played again."""
         self._tape.take(inputs)
         self._graph.replay()
         return self._tape.outputs
+
+
+def needs_host(recording: Recording) -> bool:
+    """Whether a graph of its tape would fail, or give other numbers."""
+    return any(_needs_host(operation, recording.outside) for operation in recording.operations)
+
+
+def _needs_host(operation: Operation, outside: Mapping[int, Tensor]) -> bool:
+    """Whether it copies between host and device, or changes host memory that was there before. A
+    number of the host is none of these: a launch takes it along."""
+    views = (*operation.given, *operation.results)
+    on_host = [view for view in views if view.device.type == "cpu"]
+    if len(on_host) == len(views):
+        return not operation.written.isdisjoint(outside)
+    copies = operation.function in (*COPIES, torch.ops.aten.copy_.default)
+    return any(copies or view.size for view in on_host)
 
 
 def _graph(device: torch.device) -> Any:

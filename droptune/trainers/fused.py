@@ -193,10 +193,12 @@ class Fused(Trainer):
 
     def _remedy(self, error: BaseException) -> Callable[[], None] | None:
         """How the same interval can be trained after all; None where it cannot."""
-        if isinstance(error, ReplayError):  # for want of memory, too: a group needs less without
+        replays, short = self._model.replays, is_out_of_memory(error)
+        if isinstance(error, ReplayError) or (short and replays.replayed):
+            # a group needs less memory without, whatever was too large for it
             log.info("updates are no longer replayed: %s", one_line(error))
-            return self._model.replays.stop
-        if is_out_of_memory(error):
+            return replays.stop
+        if short:
             return self._narrow if min(self._limit, len(self._slots)) > 1 else None
         if not isinstance(error, Exception) or isinstance(error, Interrupted):
             return None

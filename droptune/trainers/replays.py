@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from droptune.trainers.captured import Captured, GraphPool
+from droptune.trainers.captured import Captured, GraphPool, needs_host
 from droptune.trainers.memory import has_own_memory
 from droptune.trainers.recording import Recording, record
 from droptune.trainers.tape import Pool, Tape
@@ -23,8 +23,8 @@ KEPT = 32  # kinds of calls that are known at a time
 FORGOTTEN = 1000  # calls of other kinds, after which another may take a kind's place
 LIMIT = 64 * 2**20  # bytes of a call at once: with more, what is around operations is little
 LOOKS = (2, 3, *(10**power for power in range(1, 10)))  # the calls of a kind that are recorded
-TRIED = range(4, 7)  # the calls of a kind on an accelerator that are timed when replayed,
-WRITTEN = range(7, 10)  # and as they are written
+TRIED = range(1, 4)  # the calls on an accelerator, from when a tape is made, that are timed
+WRITTEN = range(4, 7)  # when replayed, and as they are written
 log = logging.getLogger("droptune.trainer")
 
 Function = Callable[..., Sequence[Tensor]]
@@ -36,10 +36,12 @@ class ReplayError(RuntimeError):
 
 @dataclass
 class _Kind:
-    """What is known of calls that differ in nothing but numbers; `last` is when one was."""
+    """What is known of calls that differ in nothing but numbers; `last` is when one was, and
+    `made` the call at which the replay was made."""
 
     calls: int = 0
     last: int = 0
+    made: int = 0
     recording: Recording | None = None
     replay: Tape | Captured | None = None
     never: bool = False
@@ -58,11 +60,11 @@ class Replays:
 
     def __init__(self, forget: Callable[[], None]) -> None:
         self._forget = forget
-        self._on = True
         self.clear()
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Give all memory back, and begin anew."""
+        self._on = True
         self._known: dict[Hashable, _Kind] = {}
         self._calls = 0
         self._pool, self._graph_pool = Pool(), GraphPool()
@@ -74,8 +76,8 @@ class Replays:
 
     def stop(self) -> None:
         """Run everything as it is written from now on."""
-        self._on = False
         self.clear()
+        self._on = False
 
     def run(self, function: Function, inputs: Any, kind: Hashable) -> Sequence[Tensor]:
         """What `function(*inputs)` gives, which may change at the next call.
@@ -93,10 +95,46 @@ class Replays:
             return self._look(known, lambda *new: function(*tree_unflatten(new, spec)), leaves)
         if known.replay is None:
             return function(*inputs)
-        if leaves[0].device.type != "cpu" and known.calls <= WRITTEN[-1]:
-            return _timed(known, lambda: function(*inputs), leaves)
-        with _blamed_on_replay():
-            return known.replay.play(leaves)
+        if leaves[0].device.type != "cpu" and known.calls <= known.made + WRITTEN[-1]:
+            return self._try(known, lambda: function(*inputs), leaves)
+        return _played(known, leaves)
+
+    def _try(
+        self, known: _Kind, written: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """One of the calls that tell whether a replay is faster; it is given up after the last if
+        not.
+
+        The shortest of each way counts. So few waits for the device are not noticed.
+        """
+        number, device = known.calls - known.made, leaves[0].device
+        if number == TRIED[1]:
+            self._capture(known, device)
+        torch.accelerator.synchronize(device)
+        started = time.perf_counter()
+        outputs = _played(known, leaves) if number in TRIED else written()
+        torch.accelerator.synchronize(device)
+        way, seconds = TRIED if number in TRIED else WRITTEN, time.perf_counter() - started
+        known.seconds[way] = min(seconds, known.seconds.get(way, math.inf))
+        if number == WRITTEN[-1] and not _is_faster(known.seconds):
+            self._give_up(known)
+            known.recording, known.never = None, True
+        return outputs
+
+    def _capture(self, known: _Kind, device: torch.device) -> None:
+        """A graph in a tape's place, where that can be.
+
+        The tape was played before: what its calls do once in a thread, as cuDNN looks for the
+        fastest kernel, cannot be captured.
+        """
+        assert known.recording is not None
+        assert isinstance(known.replay, Tape)
+        if needs_host(known.recording):
+            return
+        try:
+            known.replay = Captured(known.replay, device, self._graph_pool)
+        except Exception as error:  # whatever a device or a driver says
+            log.debug("replayed without a graph: %s", error)
 
     def _look(self, known: _Kind, function: Function, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
         """The call as it is written, and what is known after it."""
@@ -105,22 +143,18 @@ class Replays:
         known.never = leaves[0].device.type == "cpu" and recording.peak > LIMIT
         alike = known.recording is not None and known.recording.repeats(recording)
         if known.never or not alike:
-            known.replay = None
+            self._give_up(known)
         elif known.replay is None:
             with _blamed_on_replay():
-                known.replay = self._replay(recording, leaves[0].device)
+                known.replay = Tape(recording, self._pool)
+            known.made, known.seconds = known.calls, {}
         known.recording = None if known.never else recording
         return outputs
 
-    def _replay(self, recording: Recording, device: torch.device) -> Tape | Captured:
-        tape = Tape(recording, self._pool)
-        if device.type == "cpu":
-            return tape
-        try:
-            return Captured(tape, device, self._graph_pool)
-        except Exception as error:  # whatever a device or a driver says
-            log.debug("replayed without a graph: %s", error)
-            return tape  # without what is around operations, and with a launch for each
+    def _give_up(self, known: _Kind) -> None:
+        """End a kind's replay, and give back the memory that no other one is in."""
+        if known.replay is not None:
+            known.replay, self._pool = None, Pool()
 
     def _kind(self, key: Hashable) -> _Kind | None:
         """What is known of a kind; None where too many others are in use."""
@@ -137,28 +171,10 @@ class Replays:
         return known
 
 
-def _timed(
-    known: _Kind, written: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """One of the calls that tell whether a replay is faster; it is given up after the last if not.
-
-    The shortest of each way counts. So few waits for the device are not noticed.
-    """
+def _played(known: _Kind, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     assert known.replay is not None
-    tried = known.calls in TRIED
-    torch.accelerator.synchronize(leaves[0].device)
-    started = time.perf_counter()
-    if tried:
-        with _blamed_on_replay():
-            outputs: Sequence[Tensor] = known.replay.play(leaves)
-    else:
-        outputs = written()
-    torch.accelerator.synchronize(leaves[0].device)
-    way, seconds = TRIED if tried else WRITTEN, time.perf_counter() - started
-    known.seconds[way] = min(seconds, known.seconds.get(way, math.inf))
-    if known.calls == WRITTEN[-1] and not _is_faster(known.seconds):
-        known.replay, known.recording, known.never = None, None, True
-    return outputs
+    with _blamed_on_replay():
+        return known.replay.play(inputs)
 
 
 def _is_faster(seconds: Mapping[range, float]) -> bool:

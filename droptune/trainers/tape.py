@@ -14,7 +14,7 @@ from droptune.trainers.recording import Operation, Recording, View
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
 
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 
 
 class Pool:
@@ -123,7 +123,7 @@ def _into(
     function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: Sequence[Tensor]
 ) -> Call:
     """How to do an operation that returns new tensors so that its results are in these."""
-    if function in _COPIES:
+    if function in COPIES:
         return results[0].copy_, args[:1], {}
     found = _out_form(function)
     if found is not None:

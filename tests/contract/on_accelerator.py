@@ -5,6 +5,7 @@ On a GPU: `DROPTUNE_TEST_DEVICE=cuda pytest` with this file and `test_trainer.py
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from test_trainer import (
     training,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from droptune.sites import kernel, masks
 from droptune.trainers import replays
@@ -176,6 +178,19 @@ def test_what_a_function_remembers_is_computed_in_the_graph_and_not_left_to_othe
         assert torch.equal(replayed.run(remembering, (x,), "kind")[0], x.exp() + 1)
 
 
+def test_what_libraries_do_at_a_first_call_is_not_left_to_a_capture():
+    """The recorded convolutions of the backward pass were done by another thread."""
+    weights, replayed = numbers(0, 3, 1, 2, 2).requires_grad_(), Replays(lambda: None)
+
+    def gradient(x):
+        return torch.autograd.grad(functional.conv2d(x, weights).square().sum(), weights)
+
+    for number in range(CALLS):
+        x = numbers(number, 4, 1, 7, 7)
+        torch.testing.assert_close(replayed.run(gradient, (x,), "kind"), gradient(x))
+    assert [type(known.replay) for known in replayed._known.values()] == [Captured]
+
+
 def test_graphs_of_one_pool_are_right_in_turn():
     replayed = Replays(lambda: None)
     for number in range(CALLS):
@@ -187,6 +202,16 @@ def test_graphs_of_one_pool_are_right_in_turn():
     assert replayed.replayed == 2
 
 
+def test_a_graph_is_captured_after_all_others_of_its_pool_have_gone():
+    pool = GraphPool()
+    for number in range(3):
+        x = numbers(number, 3)
+        _, recording = record(lambda x: [x.exp()], [x.clone()])
+        graph = Captured(Tape(recording, Pool()), DEVICE, pool)
+        assert torch.equal(graph.play([x])[0], x.exp())
+        del graph
+
+
 def test_a_graph_that_is_not_faster_is_given_up(monkeypatch):
     monkeypatch.setattr(replays, "_is_faster", lambda seconds: not seconds)
     calls, replayed = [], Replays(lambda: None)
@@ -196,9 +221,78 @@ def test_a_graph_that_is_not_faster_is_given_up(monkeypatch):
     assert len(calls) == CALLS - 3  # three were tried
 
 
+def test_what_is_given_up_holds_no_memory(monkeypatch):
+    replayed, x = Replays(lambda: None), numbers(0, 1000)
+    for kind in (False, True):  # the second one is replayed
+        before = used_memory(DEVICE, reset=True)
+        monkeypatch.setattr(replays, "_is_faster", lambda _, kept=kind: kept)
+        for _ in range(9):
+            replayed.run(lambda x: [(x.exp() + x.sin()).sum()], (x,), kind)
+        gc.collect()
+        assert (used_memory(DEVICE, reset=True) - before > 8000) == kind
+
+
+def test_replays_that_are_made_late_are_tried_as_well(monkeypatch):
+    """As of a function that does something else in its third call."""
+    monkeypatch.setattr(replays, "_is_faster", lambda seconds: seconds.keys() != {TRIED, WRITTEN})
+    calls, replayed = [], Replays(lambda: None)
+    for _ in range(CALLS):
+        replayed.run(
+            lambda x: (calls.append(1), [x + 1 if len(calls) > 2 else x - 1])[1],
+            (numbers(0, 3),),
+            "kind",
+        )
+    assert replayed.replayed == 0
+    assert len(calls) == CALLS - 3
+
+
 def test_times_are_compared():
     assert _is_faster({TRIED: 1.0, WRITTEN: 2.0})
     assert not _is_faster({TRIED: 2.0, WRITTEN: 2.0})
+
+
+def test_numbers_of_the_host_are_read_and_changed_in_every_call():
+    """A graph would keep the number, and change nothing."""
+    count, factor = torch.zeros(()), torch.tensor(3.0)
+    replayed, x = Replays(lambda: None), numbers(0, 2)
+    for number in range(1, CALLS):
+        found = replayed.run(lambda x: [x * count.add_(1) * factor], (x,), "changed")
+        assert torch.equal(found[0], x * number * 3)
+        found = replayed.run(lambda x: [x * (factor * 2)], (x,), "read")
+        assert torch.equal(found[0], x * 6)
+    kinds = [type(known.replay) for known in replayed._known.values()]
+    assert kinds == [Tape, Captured]
+
+
+def test_what_cannot_be_captured_is_not_tried(monkeypatch):
+    """torch keeps the memory of a capture that fails."""
+    tried: list[int] = []
+    monkeypatch.setattr(replays, "Captured", lambda *_: tried.append(1))
+    table, replayed = torch.arange(3.0), Replays(lambda: None)
+    for number in range(CALLS):
+        x = numbers(number, 3)
+        found = replayed.run(lambda x: [x + table.to(x.device), x.cpu()], (x,), "kind")
+        assert all(map(torch.equal, found, [x + table.to(DEVICE), x.cpu()]))
+    assert (replayed.replayed, tried) == (1, [])
+
+
+def test_what_waits_for_the_device_is_replayed_without_a_graph():
+    def zeroed(x):
+        x = x.clone()
+        x[x > 0] = x.new_zeros(1)
+        return [x, x[:1] * 2]
+
+    replayed = Replays(lambda: None)
+    for number in range(CALLS):
+        for shape in ((3,), (4,)):
+            x = numbers(number, *shape)
+            found = replayed.run(zeroed, (x,), "kind")
+            assert all(map(torch.equal, found, zeroed(x)))
+            y = replayed.run(lambda x: [x * 2], (x,), "another")
+            assert torch.equal(y[0], x * 2)
+    kinds = [type(known.replay) for known in replayed._known.values()]
+    assert kinds == [Tape, Captured, Tape, Captured]
+    empty_cache(DEVICE)
 
 
 def test_memory_that_a_graph_uses_stays():
@@ -313,6 +407,27 @@ def test_replays_for_which_memory_is_too_small_do_not_narrow_the_group(name, mon
     fused, found = left_after(recipe, replayed=True)
     assert fused._limit == fused.width
     assert (fused._model.replays.replayed > 0) == (name == "Captured")
+    for tensors, others in zip(found, expected, strict=True):
+        assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+
+
+def test_replays_are_given_up_before_the_group_is_made_narrower(monkeypatch):
+    """Where the memory that they hold is missing elsewhere."""
+    recipe = recipe_of("cnn")
+    _, expected = left_after(recipe, replayed=True)
+    seen, looked = [], replays.Replays._look
+
+    def look(known, *given):
+        seen.append(known.replayed)
+        if known.replayed:
+            raise torch.OutOfMemoryError("sim out of memory")
+        return looked(known, *given)
+
+    monkeypatch.setattr(replays.Replays, "_look", look)
+    fused, found = left_after(recipe, replayed=True)
+    assert any(seen)
+    assert fused._limit == fused.width
+    assert fused._model.replays.replayed == 0
     for tensors, others in zip(found, expected, strict=True):
         assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
 

@@ -167,6 +167,10 @@ def test_what_is_known_is_bounded_and_can_be_given_back():
     for _ in range(CALLS):
         replays.run(counted, (torch.ones(2),), "kind")
     assert (replays.replayed, counted.calls) == (0, CALLS)
+    replays.clear()
+    for _ in range(3):
+        replays.run(counted, (torch.ones(2),), "kind")
+    assert replays.replayed == 1
 
 
 def test_with_more_kinds_than_are_known_the_others_are_run_as_written(monkeypatch):
