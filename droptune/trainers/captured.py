@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,11 +16,9 @@ from droptune.trainers.tape import COPIES, Tape
 
 
 class GraphPool:
-    """Memory that operations need for themselves, and the stream on which graphs are captured;
-    shared by graphs of one device that never run at once."""
+    """Memory that operations need for themselves; shared by graphs that never run at once."""
 
     def __init__(self) -> None:
-        self.stream: torch.Stream | None = None
         self.graphs: WeakSet[Any] = WeakSet()
 
     @property
@@ -39,8 +38,7 @@ class Captured:
     def __init__(self, tape: Tape, device: torch.device, pool: GraphPool) -> None:
         self._tape = tape
         self._graph = _graph(device)
-        here = torch.accelerator.current_stream(device)
-        aside = pool.stream = pool.stream or torch.Stream(device)
+        here, aside = torch.accelerator.current_stream(device), _stream(device)
         aside.wait_stream(here)
         with aside:
             _begin(self._graph, pool)
@@ -75,6 +73,12 @@ def _needs_host(operation: Operation, outside: Mapping[int, Tensor]) -> bool:
         return not operation.written.isdisjoint(outside)
     copies = operation.function in (*COPIES, torch.ops.aten.copy_.default)
     return any(copies or view.size for view in on_host)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.Stream:
+    """Where graphs are captured. There is one of a device: libraries keep memory for each."""
+    return torch.Stream(device)
 
 
 def _graph(device: torch.device) -> Any:
