@@ -30,7 +30,7 @@ UPDATES = 4  # in a measured interval
 REPEATS = 3, 20  # of it, at least and at most; between them until ENOUGH seconds were measured
 ENOUGH = 0.3
 SECONDS = 20.0  # after which no further width is tried
-GAIN = 0.95  # a wider group must take less than this share of the time of the best so far
+GAIN = 0.97  # a wider group must take less than this share of the time of the best so far
 
 
 @dataclass(frozen=True)
